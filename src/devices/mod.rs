@@ -1,0 +1,6 @@
+//! What the guest sees: a closed list.
+//!
+//! A device sees guest memory, its queues, an interrupt and a file descriptor; it never sees
+//! KVM, the API or the machine.
+
+pub mod virtio;

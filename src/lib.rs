@@ -1,0 +1,44 @@
+//! Vesicle: a virtual machine monitor that gives one untrusted function its own Linux kernel.
+//!
+//! ```text
+//!  launcher ──HTTP/UDS──▶ api thread ──Command──▶ vmm thread ──────▶ vcpu threads (KVM_RUN)
+//!                         tokio+hyper             one epoll loop         │ MMIO/PIO exits
+//!                                                 owns the Machine       ▼
+//!                                                 and all device I/O   Bus → Device (one lock each)
+//! ```
+//!
+//! - `api` parses HTTP and JSON, checks what can be checked without the machine, sends one
+//!   [`control::Command`] and waits for one reply.
+//! - `vmm` owns the machine and runs the event loop; only it does device I/O and changes the
+//!   lifecycle state.
+//! - `vcpuN` handles exits; it never blocks on the vmm thread while it holds a device lock.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`cli`] | the command line |
+//! | [`api`] | HTTP and JSON on a Unix socket |
+//! | [`control`] | commands, replies and the legal lifecycle transitions |
+//! | [`machine`] | the steps of a machine's life and their sequences |
+//! | [`event_loop`] | epoll tokens to device calls |
+//! | [`boot`] | kernel images, command line, boot parameters, ACPI and MP tables |
+//! | [`kvm`] | the VM and its vCPUs: the only architecture-specific place beside `boot` |
+//! | [`devices`] | what the guest sees |
+//! | [`memory`] | guest RAM: layout and backing |
+//! | [`config`] | the validated configuration and every limit |
+//! | [`metrics`], [`log`] | what the operator sees |
+//!
+//! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices} →
+//! memory → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
+
+pub mod api;
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod devices;
+pub mod event_loop;
+pub mod kvm;
+pub mod log;
+pub mod machine;
+pub mod memory;
+pub mod metrics;

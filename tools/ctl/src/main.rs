@@ -1,0 +1,2 @@
+//! vesiclectl.
+fn main() {}
