@@ -1,0 +1,155 @@
+# shellcheck shell=bash
+# What the tools share; they source this file first. Strict mode, the checkout's root, the cache, progress, packages.
+set -euo pipefail
+shopt -s inherit_errexit
+
+# shellcheck disable=SC2034  # used where this is sourced
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+tool=${0##*/}
+
+# A service or a bare container may start us with neither a home nor the administrator's directories.
+export HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
+export PATH=${PATH:-/usr/local/bin:/usr/bin:/bin}:/usr/local/sbin:/usr/sbin:/sbin
+cache=$(realpath -m "${VESICLE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vesicle}")
+
+say() { printf '%s: %s\n' "$tool" "$*" >&2; }
+die() { say "$@"; exit 1; }
+
+# as_root COMMAND…: as root, through sudo when we are not; fails where nobody could give a password.
+as_root() {
+  if ((EUID == 0)); then "$@"
+  elif ! command -v sudo >/dev/null; then return 1
+  elif sudo -n true 2>/dev/null; then sudo -n "$@"
+  elif [[ -t 0 && -t 2 ]]; then sudo "$@"
+  else return 1; fi
+}
+
+# apt COMMAND…: apt-get without questions and without chatter; it waits for others that hold its lock.
+apt() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+    -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" >/dev/null
+}
+
+# Package lists are refreshed at most once in a run, and only after something was not found in the ones at hand.
+lists_are_fresh=
+refresh_lists() {
+  [[ -z $lists_are_fresh ]] || return 1
+  lists_are_fresh=1
+  say "refreshing the package lists"
+  apt update
+}
+
+# need PACKAGE:COMMAND|/FILE…: each command or file is there afterwards, its Debian package installed if it was not.
+need() {
+  local item missing=()
+  for item; do
+    if [[ ${item#*:} == /* ]]; then [[ -e ${item#*:} ]]; else command -v "${item#*:}" >/dev/null; fi ||
+      missing+=("${item%%:*}")
+  done
+  ((${#missing[@]})) || return 0
+  command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian's names; there is no apt-get here)"
+  say "installing ${missing[*]}"
+  apt install "${missing[@]}" 2>/dev/null || { refresh_lists && apt install "${missing[@]}"; } ||
+    die "packages are missing; as root: apt-get install ${missing[*]}"
+}
+
+# need_toolchain: cargo, and what it takes to link a static binary.
+need_toolchain() {
+  command -v cargo >/dev/null || PATH=$HOME/.cargo/bin:$PATH
+  command -v cargo >/dev/null || die "cargo is missing: install Rust as CONTRIBUTING.md says, then run this again"
+  need gcc:cc libc6-dev:/usr/include/stdio.h
+}
+
+# once DIR COMMAND…: if DIR does not exist, COMMAND makes its content in the directory given to it as last argument.
+# Whoever comes second waits for the first; DIR is never seen half made.
+once() {
+  local dir=$1 lock
+  shift
+  [[ ! -d $dir ]] || return 0
+  mkdir -p "${dir%/*}"
+  exec {lock}>"$dir.lock"
+  flock "$lock"
+  if [[ ! -d $dir ]]; then
+    (
+      made=$(mktemp -d "$dir.XXXXXX")
+      trap 'rm -rf "$made"' EXIT
+      chmod 755 "$made"
+      "$@" "$made"
+      mv -T "$made" "$dir"
+    )
+  fi
+  exec {lock}>&-
+}
+
+# newest_package REGEX: the name, among the packages known here, that sorts last.
+newest_package() {
+  apt-cache pkgnames | grep -E "^$1\$" | sort -V | tail -1 || true
+}
+
+# unpacked PACKAGE: prints a directory with the content of a Debian package, which is fetched but not installed.
+# The name may be a regular expression: a version that was fetched once is used until the cache is emptied.
+unpacked() {
+  local dir name
+  for dir in "$cache"/packages/*/; do
+    dir=${dir%/}
+    [[ ! ${dir##*/} =~ ^$1$ ]] || { echo "$dir"; return; }
+  done
+  command -v apt-get >/dev/null || die "cannot fetch the Debian package $1: there is no apt-get here"
+  name=$(newest_package "$1")
+  if [[ -z $name ]]; then
+    refresh_lists || true
+    name=$(newest_package "$1")
+  fi
+  [[ -n $name ]] || die "the package lists know no $1"
+  once "$cache/packages/$name" fetch_package "$name"
+  echo "$cache/packages/$name"
+}
+
+fetch_package() {
+  say "fetching $1"
+  cd "$2"
+  apt-get -qq download "$1" >/dev/null 2>&1 || { refresh_lists && apt-get -qq download "$1" >/dev/null 2>&1; } ||
+    die "cannot fetch the package $1"
+  dpkg -x ./*.deb .
+  rm ./*.deb
+  # A kernel package leaves its module index to the installation, which does not happen here.
+  if [[ -d lib/modules ]]; then
+    need kmod:depmod
+    depmod -b . "$(ls lib/modules)"
+  fi
+}
+
+# cloud_kernel SERIES: prints the directory of Debian's newest cloud kernel of that series, such as 6.12.
+cloud_kernel() { unpacked "linux-image-${1//./\\.}\.[0-9].*-cloud-amd64"; }
+
+busybox() { echo "$(unpacked busybox-static)/bin/busybox"; }
+
+# copy_modules KERNEL_DIR DEST MODULE…: the modules and all they depend on, unpacked as DEST/NN-name.ko, where the
+# numbers give the order to load them in. What the kernel has built in, and what it does not know, is left out.
+copy_modules() {
+  local dir=$1 dest=$2 version module file number=10
+  shift 2
+  need kmod:modprobe xz-utils:xz
+  version=$(ls "$dir/lib/modules")
+  mkdir -p "$dest"
+  for module; do
+    while read -r _ file _; do
+      file=$(realpath "$file")
+      module=$(basename "${file%%.ko*}")
+      ! compgen -G "$dest/*-$module.ko" >/dev/null || continue
+      case $file in
+        *.xz) xz -dc "$file" ;;
+        *) cat "$file" ;;
+      esac >"$dest/$((number++))-$module.ko"
+    done < <(modprobe -d "$dir" -S "$version" --show-depends "$module" 2>/dev/null | grep '^insmod ')
+  done
+}
+
+# make_cpio DIR FILE: an uncompressed initramfs; equal input gives equal bytes.
+make_cpio() {
+  need cpio:cpio
+  find "$1" -exec touch -hd @0 {} +
+  (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | cpio -o -H newc -R 0:0 --reproducible --quiet) >"$2"
+  # A whole number of pages, so that it can be mapped.
+  truncate -s %4096 "$2"
+}
