@@ -74,7 +74,7 @@ once() {
       made=$(mktemp -d "$dir.XXXXXX")
       trap 'rm -rf "$made"' EXIT
       chmod 755 "$made"
-      "$@" "$made"
+      "$@" "$made" >&2
       mv -T "$made" "$dir"
     )
   fi
@@ -87,12 +87,11 @@ newest_package() {
 }
 
 # unpacked PACKAGE: prints a directory with the content of a Debian package, which is fetched but not installed.
-# The name may be a regular expression: a version that was fetched once is used until the cache is emptied.
+# The name may be a regular expression. A version that was fetched once is used until the cache is emptied.
 unpacked() {
   local dir name
   for dir in "$cache"/packages/*/; do
-    dir=${dir%/}
-    [[ ! ${dir##*/} =~ ^$1$ ]] || { echo "$dir"; return; }
+    [[ ! $(basename "$dir") =~ ^$1_[^_]*$ ]] || { echo "${dir%/}"; return; }
   done
   command -v apt-get >/dev/null || die "cannot fetch the Debian package $1: there is no apt-get here"
   name=$(newest_package "$1")
@@ -101,8 +100,10 @@ unpacked() {
     name=$(newest_package "$1")
   fi
   [[ -n $name ]] || die "the package lists know no $1"
-  once "$cache/packages/$name" fetch_package "$name"
-  echo "$cache/packages/$name"
+  # Named like the package's file, without the architecture: what is made from it can depend on its version.
+  dir=$cache/packages/$(apt-get -qq download --print-uris "$name" | cut -d' ' -f2 | sed 's/_[^_]*$//')
+  once "$dir" fetch_package "$name"
+  echo "$dir"
 }
 
 fetch_package() {
