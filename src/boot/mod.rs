@@ -1,1 +1,104 @@
-//! Not here yet.
+//! What a guest finds when it starts: kernel, initrd, command line, boot parameters, tables.
+//!
+//! Everything below 1 MiB that is ours has a fixed place, proved here not to overlap:
+//!
+//! ```text
+//!  0x0_1000  GDT                              0x2_0000  command line
+//!  0x0_6000  PVH start info, modules, map     0x9_FC00  MP table (the EBDA, reserved)
+//!  0x0_7000  zero page                        0xE_0000  RSDP and the ACPI tables (reserved)
+//!  0x0_8000  stack, growing down from 0x9000  0x10_0000 the kernel may go from here up
+//!  0x0_9000  page tables
+//! ```
+
+pub mod acpi;
+pub mod cmdline;
+pub mod kernel;
+pub mod params;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::memory::{GuestRam, MmioDevice};
+
+pub use kernel::{Entry, EntryKind, Images};
+pub use params::LONG_MODE;
+
+/// Global descriptor table of the boot vCPU.
+pub const GDT: u64 = 0x1000;
+/// PVH start info, its module list and memory map.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// The zero page, `struct boot_params` (Linux boot protocol).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Initial stack pointer of the boot vCPU; one page below it is free.
+pub const STACK_TOP: u64 = 0x9000;
+/// Six pages: a PML4, a PDPT and four page directories.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The kernel command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// The last KiB of base memory, where a guest looks for the MP table (MP specification 1.4 §4).
+pub const EBDA: u64 = 0x9_FC00;
+/// End of base memory; video memory in a PC, nothing here.
+pub const EBDA_END: u64 = 0xA_0000;
+/// The BIOS area, where a guest looks for the RSDP (ACPI 6.5 §5.2.5.1). The tables follow it.
+pub const ACPI: u64 = 0xE_0000;
+/// End of the BIOS area.
+pub const ACPI_END: u64 = 0x10_0000;
+/// Images are loaded from here up.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+const fn follows(start: u64, end: u64, next: u64) -> bool {
+    start < end && end <= next
+}
+
+const _: () = {
+    use crate::config::MAX_CMDLINE;
+    use crate::memory::PAGE_SIZE;
+    assert!(follows(GDT, GDT + PAGE_SIZE, PVH_START_INFO));
+    assert!(follows(PVH_START_INFO, PVH_START_INFO + PAGE_SIZE, ZERO_PAGE));
+    assert!(follows(ZERO_PAGE, ZERO_PAGE + PAGE_SIZE, STACK_TOP - PAGE_SIZE));
+    assert!(follows(STACK_TOP - PAGE_SIZE, STACK_TOP, PAGE_TABLES));
+    assert!(follows(PAGE_TABLES, PAGE_TABLES + 6 * PAGE_SIZE, CMDLINE));
+    assert!(follows(CMDLINE, CMDLINE + MAX_CMDLINE as u64 + 1, EBDA));
+    assert!(follows(EBDA, EBDA_END, ACPI));
+    assert!(follows(ACPI, ACPI_END, HIGH_MEMORY));
+};
+
+/// Why a guest cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel or initrd cannot be loaded.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// Guest memory ends below what must be in it.
+    #[error("cannot write the {what} to guest memory")]
+    Write {
+        /// Which table.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: GuestMemoryError,
+    },
+}
+
+/// Puts everything the boot vCPU needs into fresh guest RAM and says where it starts: kernel,
+/// initrd, `cmdline` (from [`cmdline::build`]), firmware tables for `_vcpus` vCPUs and `_devices` (not here yet),
+/// boot parameters, and for a 64-bit entry the tables of [`LONG_MODE`].
+///
+/// # Errors
+/// The images are not bootable in this RAM; nothing was written then. Or the host fails.
+pub fn fill(
+    ram: &GuestRam,
+    images: &Images<'_>,
+    cmdline: &str,
+    _vcpus: u8,
+    _devices: &[MmioDevice],
+) -> Result<Entry, Error> {
+    let wrote = |what| move |source| Error::Write { what, source };
+    let memory = ram.memory();
+    let loaded = kernel::load(ram, images)?;
+    memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE)).map_err(wrote("command line"))?;
+    params::write(ram, &loaded, 0).map_err(wrote("boot parameters"))?;
+    if matches!(loaded.entry, Entry::Linux64 { .. }) {
+        params::write_long_mode_tables(memory).map_err(wrote("page tables"))?;
+    }
+    Ok(loaded.entry)
+}
