@@ -1,15 +1,34 @@
 //! Virtio devices (virtio 1.2) and what they share.
 //!
+//! ```text
+//!  guest ──registers──▶ VirtioMmio (vcpu thread) ──activate, reset──▶ Device
+//!    │                      ▲ one lock per device                       │
+//!    └──kick (ioeventfd)──▶ VirtioMmio::on_event (vmm thread) ──────────┘──irqfd──▶ guest
+//! ```
+//!
 //! The set is closed, so it is an enum with one match per operation. A device is made once, with
-//! its backend, before the guest runs; [`Device::activate`] and [`Device::reset`] may follow each
-//! other any number of times.
+//! its backend, before the guest runs; [`VirtioDevice::activate`] and [`VirtioDevice::reset`] may
+//! follow each other any number of times.
 
+pub mod block;
+mod buffers;
+mod mmio;
+mod rate_limiter;
+#[cfg(test)]
+mod testing;
+
+use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
+
+pub use block::Block;
+pub use buffers::{Buffers, IoVecs};
+pub use mmio::{ConfigChange, REGION_SIZE, VirtioMmio};
+pub use rate_limiter::RateLimiter;
 
 use crate::memory::GuestMemory;
 
@@ -69,8 +88,8 @@ pub struct Activation {
 }
 
 /// A descriptor the event loop watches for a device, with the tag it hands back to `on_event`.
-/// All are registered, edge-triggered, when the machine is built.
-#[derive(Debug, Clone, Copy)]
+/// All are registered, edge-triggered, when the machine is built; nobody ever reads them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Source {
     /// Device-specific number; [`KICK`] is the transport's.
     pub tag: u8,
@@ -80,3 +99,148 @@ pub struct Source {
 
 /// The tag of a queue notification: look at all queues.
 pub const KICK: u8 = 0;
+
+/// What a device is (virtio 1.2 §5, the device IDs).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// Block device.
+    Block = 2,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Block => "block",
+        })
+    }
+}
+
+/// How the driver broke the protocol. The device stops and asks for a reset; the VM lives on.
+#[derive(Debug, thiserror::Error)]
+pub enum Violation {
+    /// A queue cannot be used as it was set up (virtio 1.2 §2.7).
+    #[error("queue {0} is unusable")]
+    Queue(usize, #[source] virtio_queue::Error),
+    /// Part of a queue is outside of guest RAM.
+    #[error("queue {queue}: {part} at {address:#x} is not in guest RAM")]
+    QueueAddress {
+        /// Queue index.
+        queue: usize,
+        /// Descriptor table, available ring or used ring.
+        part: &'static str,
+        /// Guest physical address.
+        address: u64,
+    },
+    /// A head index, or an index in a chain, that is not in the descriptor table; a chain that
+    /// is longer than the queue, longer than 4 GiB, or nests indirect tables (§2.7.5).
+    #[error("the descriptor chain at head {0} is malformed")]
+    Chain(u16),
+    /// A buffer that is not in guest RAM.
+    #[error("the chain at head {head} has a buffer of {length} bytes at {address:#x}, not in guest RAM")]
+    Buffer {
+        /// Head of the chain.
+        head: u16,
+        /// Guest physical address.
+        address: u64,
+        /// Bytes.
+        length: u32,
+    },
+    /// A request that has no room for its header or its status (§5.2.6).
+    #[error("the request at head {0} lacks its header or its status byte")]
+    Framing(u16),
+}
+
+/// What is left when an event was handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing; another event will come.
+    Idle,
+    /// The device stopped to let others run: call it again.
+    More,
+}
+
+/// A device behind the transport.
+///
+/// `activate` and `reset` come from a vCPU thread, the rest from the vmm thread, always under the
+/// transport's lock. Until the first `activate`, and after a `reset`, events find nothing to do.
+pub trait VirtioDevice {
+    /// Device ID.
+    fn kind(&self) -> Kind;
+    /// The feature bits 0 to 23 that the device offers (virtio 1.2 §2.2).
+    fn features(&self) -> u64;
+    /// The largest size of each queue: powers of two.
+    fn queue_sizes(&self) -> &'static [u16];
+    /// Reads the configuration space (§2.5); what is past its end reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver is ready. Called only while the device is reset.
+    fn activate(&mut self, activation: Activation);
+    /// Stops: nothing more is taken from the queues or reported to the guest. Returns whether
+    /// nothing is in flight any more; if not, the caller hands on events and asks again.
+    fn reset(&mut self) -> bool;
+    /// Handles an event of one of [`Self::sources`] or a [`KICK`].
+    fn on_event(&mut self, tag: u8) -> Result<Progress, Violation>;
+    /// The descriptors to watch besides the kick.
+    fn sources(&self) -> Vec<Source>;
+    /// Waits until nothing is in flight and the guest has been told.
+    fn quiesce(&mut self) -> Result<(), Violation>;
+    /// Counts a violation among the device's metrics.
+    fn count_violation(&self);
+}
+
+/// The closed set.
+pub enum Device {
+    /// virtio-block.
+    Block(Block),
+}
+
+/// One match per operation, so that a new kind cannot be forgotten anywhere.
+macro_rules! each {
+    ($self:expr, $device:ident => $call:expr) => {
+        match $self {
+            Device::Block($device) => $call,
+        }
+    };
+}
+
+impl VirtioDevice for Device {
+    fn kind(&self) -> Kind {
+        each!(self, device => device.kind())
+    }
+
+    fn features(&self) -> u64 {
+        each!(self, device => device.features())
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        each!(self, device => device.queue_sizes())
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        each!(self, device => device.read_config(offset, data))
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        each!(self, device => device.activate(activation))
+    }
+
+    fn reset(&mut self) -> bool {
+        each!(self, device => device.reset())
+    }
+
+    fn on_event(&mut self, tag: u8) -> Result<Progress, Violation> {
+        each!(self, device => device.on_event(tag))
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        each!(self, device => device.sources())
+    }
+
+    fn quiesce(&mut self) -> Result<(), Violation> {
+        each!(self, device => device.quiesce())
+    }
+
+    fn count_violation(&self) {
+        each!(self, device => device.count_violation())
+    }
+}

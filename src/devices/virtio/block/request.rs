@@ -1,0 +1,367 @@
+//! One block request: taken apart once, then a small state machine that says which operation on
+//! the host file comes next. It does no I/O itself, so both engines run it.
+
+use std::io;
+use std::ptr;
+use std::sync::atomic::AtomicU8;
+
+use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, iovec};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use virtio_queue::DescriptorChain;
+use vm_memory::VolatileSlice;
+
+use super::disk::{Disk, SECTOR_SIZE};
+use crate::devices::virtio::{Buffers, IoVecs, Violation};
+use crate::memory::GuestMemory;
+
+/// Status byte of a request (virtio 1.2 §5.2.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Status {
+    Ok = VIRTIO_BLK_S_OK as isize,
+    IoError = VIRTIO_BLK_S_IOERR as isize,
+    Unsupported = VIRTIO_BLK_S_UNSUPP as isize,
+}
+
+/// Most segments of one discard.
+pub(super) const MAX_DISCARD_SEGMENTS: u32 = 16;
+/// Most sectors of one segment of a discard: 2 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 4 << 20;
+/// Most segments of one write-zeroes, and most sectors (16 MiB): what a host file system that
+/// cannot zero a range makes us write in one request.
+pub(super) const MAX_ZEROES_SEGMENTS: u32 = 1;
+/// See [`MAX_ZEROES_SEGMENTS`].
+pub(super) const MAX_ZEROES_SECTORS: u32 = 32 << 10;
+
+/// What the driver and the drive allow.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rules {
+    pub(super) read_only: bool,
+    pub(super) flush: bool,
+    pub(super) discard: bool,
+    /// Size of the queue, the longest a chain may be.
+    pub(super) queue_size: u16,
+}
+
+/// One operation on the host file. At most `i32::MAX` bytes are done at once by the host.
+#[derive(Debug)]
+pub(super) enum Operation<'a> {
+    Read { into: &'a [iovec], offset: u64 },
+    Write { from: &'a [iovec], offset: u64 },
+    Sync,
+    Allocate { mode: i32, offset: u64, length: u64 },
+}
+
+/// Where a request stands.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// [`Request::operation`] is to be carried out.
+    Operate,
+    /// Nothing is left to do.
+    Done(Status),
+    /// The host failed.
+    Failed(io::Error),
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+    Flush,
+    GetId,
+    Discard,
+    WriteZeroes,
+    Other(u32),
+}
+
+impl From<u32> for Kind {
+    fn from(kind: u32) -> Self {
+        match kind {
+            VIRTIO_BLK_T_IN => Self::Read,
+            VIRTIO_BLK_T_OUT => Self::Write,
+            VIRTIO_BLK_T_FLUSH => Self::Flush,
+            VIRTIO_BLK_T_GET_ID => Self::GetId,
+            VIRTIO_BLK_T_DISCARD => Self::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Self::WriteZeroes,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// How a range is freed or zeroed; tried in this order until the host supports one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Method {
+    PunchHole,
+    ZeroRange,
+    WriteZeroes,
+}
+
+/// A segment of a discard or write-zeroes, checked.
+#[derive(Debug, Clone, Copy)]
+struct Range {
+    offset: u64,
+    length: u64,
+    unmap: bool,
+}
+
+/// A request from the chain to the status byte; reused from request to request.
+#[derive(Debug)]
+pub(super) struct Request {
+    head: u16,
+    kind: Kind,
+    buffers: Buffers,
+    /// In guest RAM, like [`Buffers`].
+    status: *mut u8,
+    /// Where in the file the rest of the data belongs.
+    offset: u64,
+    /// Bytes of data at the start.
+    length: u64,
+    /// What is left of a discard or write-zeroes, last first.
+    ranges: Vec<Range>,
+    method: Method,
+    zeroes: IoVecs,
+}
+
+// SAFETY: `status` points into guest RAM, as the pointers in `IoVecs` do: see there.
+unsafe impl Send for Request {}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            head: 0,
+            kind: Kind::Other(0),
+            buffers: Buffers::default(),
+            status: ptr::null_mut(),
+            offset: 0,
+            length: 0,
+            ranges: Vec::new(),
+            method: Method::PunchHole,
+            zeroes: IoVecs::default(),
+        }
+    }
+}
+
+impl Request {
+    /// Takes `chain` apart: a header of 16 bytes first, the status byte last, however they are cut
+    /// into buffers (§2.7.4). The caller keeps `memory` alive until the request is finished.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation`] if the chain is malformed or lacks header or status. What can be answered in
+    /// the status byte is not an error.
+    pub(super) fn parse(
+        &mut self,
+        chain: DescriptorChain<&GuestMemory>,
+        memory: &GuestMemory,
+        disk: &Disk,
+        rules: Rules,
+    ) -> Result<Step, Violation> {
+        self.head = chain.head_index();
+        self.length = 0;
+        self.ranges.clear();
+        self.buffers.fill(chain, memory, rules.queue_size)?;
+        let framing = Violation::Framing(self.head);
+        let Some(status) = self.buffers.writable.take_last_byte() else { return Err(framing) };
+        self.status = status;
+        let mut header = [0; 16];
+        // SAFETY: the buffers come from `memory`, which is alive.
+        if !unsafe { self.buffers.readable.read(&mut header) } {
+            return Err(framing);
+        }
+        let [kind, _priority, low, high] = words(header);
+        self.kind = Kind::from(kind);
+        Ok(self.begin(u64::from(low) | u64::from(high) << 32, disk, rules))
+    }
+
+    fn begin(&mut self, sector: u64, disk: &Disk, rules: Rules) -> Step {
+        match self.kind {
+            Kind::Read => self.begin_transfer(sector, self.buffers.writable.len(), disk),
+            Kind::Write if rules.read_only => Step::Done(Status::IoError),
+            Kind::Write => self.begin_transfer(sector, self.buffers.readable.len(), disk),
+            Kind::Flush if rules.flush => Step::Operate,
+            Kind::GetId => {
+                // SAFETY: `parse`, the only caller, has just filled the buffers from live memory.
+                self.length = unsafe { self.buffers.writable.write(&disk.id) } as u64;
+                Step::Done(Status::Ok)
+            }
+            Kind::Discard | Kind::WriteZeroes if rules.discard && rules.read_only => Step::Done(Status::IoError),
+            Kind::Discard | Kind::WriteZeroes if rules.discard => self.begin_ranges(disk),
+            _ => Step::Done(Status::Unsupported),
+        }
+    }
+
+    fn begin_transfer(&mut self, sector: u64, length: u64, disk: &Disk) -> Step {
+        let Some(offset) = disk.offset(sector, length).filter(|_| length.is_multiple_of(SECTOR_SIZE)) else {
+            return Step::Done(Status::IoError);
+        };
+        self.offset = offset;
+        self.length = length;
+        if length == 0 { Step::Done(Status::Ok) } else { Step::Operate }
+    }
+
+    /// §5.2.6: an unknown flag, or unmap on a discard, is unsupported. All segments are checked
+    /// before the first is carried out.
+    fn begin_ranges(&mut self, disk: &Disk) -> Step {
+        let discard = self.kind == Kind::Discard;
+        let (segments, sectors) = if discard {
+            (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS)
+        } else {
+            (MAX_ZEROES_SEGMENTS, MAX_ZEROES_SECTORS)
+        };
+        let length = self.buffers.readable.len();
+        if length == 0 || !length.is_multiple_of(16) || length > u64::from(segments) * 16 {
+            return Step::Done(Status::IoError);
+        }
+        let mut segment = [0; 16];
+        // SAFETY: `parse`, the only caller, has just filled the buffers from live memory.
+        while unsafe { self.buffers.readable.read(&mut segment) } {
+            let [low, high, count, flags] = words(segment);
+            let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+            if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || discard && unmap {
+                return Step::Done(Status::Unsupported);
+            }
+            let length = u64::from(count) * SECTOR_SIZE;
+            let Some(offset) = disk.offset(u64::from(low) | u64::from(high) << 32, length) else {
+                return Step::Done(Status::IoError);
+            };
+            if count > sectors {
+                return Step::Done(Status::IoError);
+            }
+            if count > 0 {
+                self.ranges.push(Range { offset, length, unmap });
+            }
+        }
+        self.ranges.reverse();
+        self.begin_range()
+    }
+
+    fn begin_range(&mut self) -> Step {
+        let Some(range) = self.ranges.last() else { return Step::Done(Status::Ok) };
+        let punch = self.kind == Kind::Discard || range.unmap;
+        self.method = if punch { Method::PunchHole } else { Method::ZeroRange };
+        Step::Operate
+    }
+
+    /// The operation that [`Step::Operate`] asks for.
+    pub(super) fn operation(&self) -> Operation<'_> {
+        match self.kind {
+            Kind::Read => Operation::Read { into: self.buffers.writable.as_slice(), offset: self.offset },
+            Kind::Write => Operation::Write { from: self.buffers.readable.as_slice(), offset: self.offset },
+            Kind::Discard | Kind::WriteZeroes => self.range_operation(),
+            Kind::Flush | Kind::GetId | Kind::Other(_) => Operation::Sync,
+        }
+    }
+
+    fn range_operation(&self) -> Operation<'_> {
+        let Some(&Range { offset, length, .. }) = self.ranges.last() else { return Operation::Sync };
+        let mode = match self.method {
+            Method::PunchHole => FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+            Method::ZeroRange => FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+            Method::WriteZeroes => return Operation::Write { from: self.zeroes.as_slice(), offset: self.offset },
+        };
+        Operation::Allocate { mode, offset, length }
+    }
+
+    /// Takes the result of [`Self::operation`] and says what comes next. A part done is continued
+    /// where it stopped.
+    pub(super) fn advance(&mut self, result: io::Result<usize>) -> Step {
+        match (self.kind, result) {
+            (Kind::Discard | Kind::WriteZeroes, result) => self.advance_range(result),
+            (_, Err(error)) => Step::Failed(error),
+            (Kind::Read, Ok(count)) => advance_transfer(&mut self.buffers.writable, &mut self.offset, count),
+            (Kind::Write, Ok(count)) => advance_transfer(&mut self.buffers.readable, &mut self.offset, count),
+            (Kind::Flush | Kind::GetId | Kind::Other(_), Ok(_)) => Step::Done(Status::Ok),
+        }
+    }
+
+    fn advance_range(&mut self, result: io::Result<usize>) -> Step {
+        let finished = match (self.method, result) {
+            (Method::WriteZeroes, Ok(count)) => match advance_transfer(&mut self.zeroes, &mut self.offset, count) {
+                Step::Done(_) => true,
+                unfinished => return unfinished,
+            },
+            (_, Ok(_)) => true,
+            (_, Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => false,
+            (_, Err(error)) => return Step::Failed(error),
+        };
+        if finished {
+            self.ranges.pop();
+            return self.begin_range();
+        }
+        self.method = match self.method {
+            // A discard is a wish; a driver that hears it cannot be granted stops asking.
+            _ if self.kind == Kind::Discard => return Step::Done(Status::Unsupported),
+            Method::PunchHole => Method::ZeroRange,
+            Method::ZeroRange => Method::WriteZeroes,
+            Method::WriteZeroes => return Step::Failed(io::ErrorKind::Unsupported.into()),
+        };
+        if self.method == Method::WriteZeroes {
+            self.prepare_zeroes();
+        }
+        Step::Operate
+    }
+
+    fn prepare_zeroes(&mut self) {
+        let Some(&Range { offset, length, .. }) = self.ranges.last() else { return };
+        self.offset = offset;
+        self.zeroes.clear();
+        let mut left = length;
+        while left > 0 {
+            let step = left.min(ZEROES.len() as u64);
+            // SAFETY: within a static array. Nothing is ever written to it: `pwritev` only reads.
+            self.zeroes.push(&unsafe { VolatileSlice::new(ZEROES.as_ptr().cast_mut().cast(), step as usize) });
+            left -= step;
+        }
+    }
+
+    /// Writes the status byte. Returns the head and the number of bytes written to the chain,
+    /// for the used ring.
+    ///
+    /// # Safety
+    ///
+    /// The memory given to [`Self::parse`] is alive.
+    pub(super) unsafe fn finish(&mut self, status: Status) -> (u16, u32) {
+        // SAFETY: the byte lies in guest RAM (`Buffers::fill`), alive by this function's contract.
+        unsafe { ptr::write_volatile(self.status, status as u8) };
+        let data = match self.kind {
+            Kind::Read => self.length - self.buffers.writable.len().min(self.length),
+            Kind::GetId => self.length,
+            _ => 0,
+        };
+        // A chain is shorter than 4 GiB, the status byte included.
+        (self.head, u32::try_from(data + 1).unwrap_or(u32::MAX))
+    }
+
+    /// What is asked for.
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Bytes of data to transfer.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+}
+
+/// What is written where the host can neither punch nor zero. In the zero-initialised data
+/// segment, of which a read touches no memory.
+static ZEROES: [AtomicU8; 64 << 10] = [const { AtomicU8::new(0) }; 64 << 10];
+
+fn advance_transfer(vecs: &mut IoVecs, offset: &mut u64, count: usize) -> Step {
+    if count == 0 {
+        // The range was checked: the file is shorter than it was.
+        return Step::Failed(io::ErrorKind::UnexpectedEof.into());
+    }
+    vecs.advance(count as u64);
+    *offset += count as u64;
+    if vecs.is_empty() { Step::Done(Status::Ok) } else { Step::Operate }
+}
+
+fn words(bytes: [u8; 16]) -> [u32; 4] {
+    let (words, _) = bytes.as_chunks::<4>();
+    std::array::from_fn(|i| u32::from_le_bytes(words[i]))
+}

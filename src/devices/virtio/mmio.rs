@@ -1,0 +1,447 @@
+//! The virtio-mmio transport (virtio 1.2 §4.2, version 2).
+//!
+//! ```text
+//!            ┌────────────────────── 0 written ──────────────────────┐
+//!            ▼                                                       │
+//!  reset ─▶ ACKNOWLEDGE ─▶ DRIVER ─▶ FEATURES_OK ─▶ DRIVER_OK ──▶ NEEDS_RESET
+//!                            │ features  │ queue registers │ device runs   ▲
+//!                            └ writable  └ writable        └── violation ──┘
+//! ```
+//!
+//! A reset is synchronous for the driver: the write of 0 returns when the device has let go of
+//! guest memory. If I/O is in flight, the vCPU sleeps, without the lock, until the vmm thread has
+//! seen it complete.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio as reg;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueState};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{
+    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Progress, Source, Violation, VirtioDevice,
+};
+use crate::memory::GuestMemory;
+use crate::warn_limited;
+
+/// Guest physical bytes a device's registers occupy.
+pub const REGION_SIZE: u64 = 0x1000;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+/// "VSCL": nobody assigns virtio-mmio vendor ids.
+const VENDOR: u32 = u32::from_le_bytes(*b"VSCL");
+const CONFIG_SPACE: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
+
+/// What every device offers besides its own features.
+const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A device and its transport, shared by the vCPU threads and the vmm thread.
+pub struct VirtioMmio {
+    transport: Mutex<Transport>,
+    reset_done: Condvar,
+    interrupt: Arc<Interrupt>,
+    kick: EventFd,
+    kind: Kind,
+}
+
+impl VirtioMmio {
+    /// Puts `device` behind registers.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no descriptor left for the notification eventfd.
+    pub fn new(device: Device, memory: GuestMemory, interrupt: Arc<Interrupt>) -> io::Result<Self> {
+        Ok(Self {
+            kind: device.kind(),
+            kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            transport: Mutex::new(Transport::new(device, memory, Arc::clone(&interrupt))),
+            reset_done: Condvar::new(),
+            interrupt,
+        })
+    }
+
+    /// What the device is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The device's interrupt.
+    pub fn interrupt(&self) -> &Arc<Interrupt> {
+        &self.interrupt
+    }
+
+    /// The descriptor of QueueNotify: to be bound to any write at offset
+    /// [`NOTIFY_OFFSET`](Self::NOTIFY_OFFSET), whatever its width and value.
+    pub fn kick_fd(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Offset of QueueNotify in the register region.
+    pub const NOTIFY_OFFSET: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+    /// All descriptors to watch, edge-triggered, the kick among them.
+    pub fn sources(&self) -> Vec<Source> {
+        use std::os::fd::AsRawFd;
+        let mut sources = self.lock().device.sources();
+        sources.push(Source { tag: KICK, fd: self.kick.as_raw_fd() });
+        sources
+    }
+
+    /// A guest's read at `offset` of the region (vCPU threads). Registers are read by aligned
+    /// words; anything else reads as zero.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset >= CONFIG_SPACE {
+            self.lock().device.read_config(offset - CONFIG_SPACE, data);
+        } else if let (Ok(word), 0) = (<&mut [u8; 4]>::try_from(&mut *data), offset % 4) {
+            let value = match offset as u32 {
+                reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
+                register => self.lock().read(register),
+            };
+            *word = value.to_le_bytes();
+        } else {
+            data.fill(0);
+        }
+    }
+
+    /// A guest's write at `offset` of the region (vCPU threads). Registers are written by aligned
+    /// words; anything else, and the configuration space, is ignored.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let (Ok(word), 0, 0..CONFIG_SPACE) = (<[u8; 4]>::try_from(data), offset % 4, offset) else { return };
+        let value = u32::from_le_bytes(word);
+        match offset as u32 {
+            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.notify_self(),
+            reg::VIRTIO_MMIO_STATUS if value == 0 => self.reset(),
+            register => self.lock().write(register, value),
+        }
+    }
+
+    /// Handles an event of a [`Source`] (vmm thread).
+    pub fn on_event(&self, tag: u8) {
+        let mut transport = self.lock();
+        if transport.paused {
+            return;
+        }
+        let outcome = transport.device.on_event(tag);
+        self.conclude(transport, outcome);
+    }
+
+    /// Waits until nothing is in flight and lets nothing start until [`Self::resume`] (vmm thread,
+    /// while no vCPU runs or on the way out).
+    pub fn quiesce(&self) {
+        let mut transport = self.lock();
+        transport.paused = true;
+        let outcome = transport.device.quiesce().map(|()| Progress::Idle);
+        self.conclude(transport, outcome);
+    }
+
+    /// Lets the device work again and looks for what the guest asked meanwhile (vmm thread).
+    pub fn resume(&self) {
+        self.lock().paused = false;
+        self.on_event(KICK);
+    }
+
+    /// Changes the device while it is kept from working (vmm thread). If `change` reports a changed
+    /// configuration space, the guest is told; then the queues are looked at.
+    pub fn update<E>(&self, change: impl FnOnce(&mut Device) -> Result<ConfigChange, E>) -> Result<(), E> {
+        let mut transport = self.lock();
+        if change(&mut transport.device)? == ConfigChange::Changed {
+            transport.config_changed();
+        }
+        drop(transport);
+        self.on_event(KICK);
+        Ok(())
+    }
+
+    fn conclude(&self, mut transport: MutexGuard<'_, Transport>, outcome: Result<Progress, Violation>) {
+        match outcome {
+            Ok(Progress::Idle) => {}
+            Ok(Progress::More) => self.notify_self(),
+            Err(violation) => transport.needs_reset(&violation),
+        }
+        if transport.resetting && transport.device.reset() {
+            transport.complete_reset();
+            self.reset_done.notify_all();
+        }
+    }
+
+    fn reset(&self) {
+        let mut transport = self.lock();
+        if transport.device.reset() {
+            transport.complete_reset();
+            return;
+        }
+        transport.resetting = true;
+        // What is in flight may have completed a moment ago, its event handled already.
+        self.notify_self();
+        let waited = self.reset_done.wait_while(transport, |transport| transport.resetting);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn notify_self(&self) {
+        // The write fails only if the counter would overflow: then an event is pending anyway.
+        let _ = self.kick.write(1);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Transport> {
+        // A thread that panicked takes the process down in release; in tests its state is whole.
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether an update changed what the guest reads in the configuration space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConfigChange {
+    /// It did.
+    Changed,
+    /// It did not.
+    Unchanged,
+}
+
+/// The registers, and the device behind them.
+struct Transport {
+    device: Device,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    /// The driver accepted a bit that does not exist.
+    alien_features: bool,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    config_generation: u32,
+    /// A vCPU waits for the device to let go.
+    resetting: bool,
+    paused: bool,
+}
+
+impl Transport {
+    fn new(device: Device, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
+        let queues = fresh_queues(&device);
+        Self {
+            device,
+            memory,
+            interrupt,
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            alien_features: false,
+            queue_sel: 0,
+            queues,
+            config_generation: 0,
+            resetting: false,
+            paused: false,
+        }
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | COMMON_FEATURES
+    }
+
+    fn read(&self, register: u32) -> u32 {
+        let queue = self.queues.get(self.queue_sel as usize);
+        match register {
+            reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            reg::VIRTIO_MMIO_VERSION => VERSION,
+            reg::VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
+            reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            reg::VIRTIO_MMIO_DEVICE_FEATURES => page(self.offered_features(), self.device_features_sel),
+            reg::VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
+            reg::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
+            reg::VIRTIO_MMIO_STATUS => self.status,
+            // No shared memory region exists: length and base are -1 (§4.2.2).
+            reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.config_generation,
+            _ => 0,
+        }
+    }
+
+    fn write(&mut self, register: u32, value: u32) {
+        if self.resetting {
+            return;
+        }
+        match register {
+            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
+            reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
+            reg::VIRTIO_MMIO_STATUS => self.set_status(value),
+            register => self.set_up_queue(register, value),
+        }
+    }
+
+    /// §2.2: the driver accepts features between DRIVER and FEATURES_OK.
+    fn accept_features(&mut self, value: u32) {
+        if self.status & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
+            return;
+        }
+        match self.driver_features_sel {
+            0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
+            1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
+            _ => self.alien_features |= value != 0,
+        }
+    }
+
+    /// A queue's registers are writable between FEATURES_OK and DRIVER_OK, its size and addresses
+    /// only while it is not ready (§4.2.2.2). After DRIVER_OK nothing moves under a running device.
+    fn set_up_queue(&mut self, register: u32, value: u32) {
+        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };
+        if register == reg::VIRTIO_MMIO_QUEUE_READY {
+            queue.ready = value == 1;
+            return;
+        }
+        if queue.ready {
+            return;
+        }
+        match register {
+            // A size that does not fit is left for activation to refuse.
+            reg::VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+            reg::VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.desc_table, value),
+            reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.desc_table, value),
+            reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.avail_ring, value),
+            reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.avail_ring, value),
+            reg::VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used_ring, value),
+            reg::VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used_ring, value),
+            _ => {}
+        }
+    }
+
+    /// §2.1: the driver sets bits in order and never clears one. A write that does is ignored.
+    fn set_status(&mut self, value: u32) {
+        // The device's own bit is not the driver's to set; it may write back what it read.
+        let value = value & !NEEDS_RESET | self.status & NEEDS_RESET;
+        if value & self.status != self.status || self.status & FAILED != 0 {
+            return;
+        }
+        if value & FAILED != 0 {
+            self.status |= FAILED;
+            self.device.reset();
+            return;
+        }
+        for (bit, before) in [(ACKNOWLEDGE, 0), (DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
+        {
+            let asked = value & bit != 0 && self.status & bit == 0;
+            if !asked || self.status & before != before {
+                continue;
+            }
+            match bit {
+                FEATURES_OK if !self.features_acceptable() => return,
+                DRIVER_OK => self.activate(),
+                _ => self.status |= bit,
+            }
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let alien = self.alien_features || self.driver_features & !self.offered_features() != 0;
+        !alien && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        self.status |= DRIVER_OK;
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues: Result<Vec<Queue>, Violation> = self
+            .queues
+            .iter()
+            .enumerate()
+            .map(|(index, state)| {
+                let state = QueueState { event_idx_enabled: event_idx, ..*state };
+                usable_queue(index, state, &self.memory)
+            })
+            .collect();
+        match queues {
+            Ok(queues) => self.device.activate(Activation {
+                memory: self.memory.clone(),
+                queues,
+                features: self.driver_features,
+                interrupt: Arc::clone(&self.interrupt),
+            }),
+            Err(violation) => self.needs_reset(&violation),
+        }
+    }
+
+    /// §2.1.2: the device stops, says so, and waits for the driver to reset it.
+    fn needs_reset(&mut self, violation: &Violation) {
+        self.device.count_violation();
+        let cause = std::error::Error::source(violation).map(|source| format!(": {source}")).unwrap_or_default();
+        warn_limited!("virtio-{} device needs a reset: {violation}{cause}", self.device.kind());
+        self.device.reset();
+        self.status |= NEEDS_RESET;
+        self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    fn config_changed(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
+        if self.status & DRIVER_OK != 0 {
+            self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
+        }
+    }
+
+    fn complete_reset(&mut self) {
+        self.status = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.driver_features = 0;
+        self.alien_features = false;
+        self.queue_sel = 0;
+        self.queues = fresh_queues(&self.device);
+        self.interrupt.acknowledge(u32::MAX);
+        self.resetting = false;
+    }
+}
+
+fn fresh_queues(device: &Device) -> Vec<QueueState> {
+    let fresh = |&size| QueueState { max_size: size, size, ..QueueState::default() };
+    device.queue_sizes().iter().map(fresh).collect()
+}
+
+/// A queue as the driver set it up, if all of it is aligned, in guest RAM and ready (§2.7).
+fn usable_queue(index: usize, state: QueueState, memory: &GuestMemory) -> Result<Queue, Violation> {
+    if !state.ready {
+        return Err(Violation::Queue(index, virtio_queue::Error::QueueNotReady));
+    }
+    let size = usize::from(state.size);
+    // The rings end in the event index fields, whether used or not.
+    for (part, address, length) in [
+        ("descriptor table", state.desc_table, 16 * size),
+        ("available ring", state.avail_ring, 6 + 2 * size),
+        ("used ring", state.used_ring, 6 + 8 * size),
+    ] {
+        if address == 0 || !memory.check_range(GuestAddress(address), length) {
+            return Err(Violation::QueueAddress { queue: index, part, address });
+        }
+    }
+    Queue::try_from(state).map_err(|error| Violation::Queue(index, error))
+}
+
+/// 32 bits of the 64 feature bits.
+fn page(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
+}

@@ -1,0 +1,180 @@
+//! Token buckets that hold a device to a bandwidth and a rate of operations.
+//!
+//! Without a bucket nothing is done: no clock is read. A device that runs out of tokens arms a
+//! timer and sleeps; while it sleeps, notifications cost one comparison.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::config::{BucketUpdate, RateLimiterConfig, RateLimiterUpdate, TokenBucketConfig};
+
+/// Longest refill time in ns (292 years): keeps `size × refill time` within 127 bits.
+const MAX_REFILL_NS: u64 = i64::MAX as u64;
+
+/// Tokens that come back at a steady rate. Exact: the level is kept in units of which one token
+/// has as many as the refill time has nanoseconds, so a nanosecond brings `size` of them and
+/// nothing is ever rounded.
+///
+/// A cost greater than the bucket can ever hold is granted when the bucket is full and leaves it
+/// in debt: it passes at the configured rate instead of never.
+#[derive(Debug)]
+struct TokenBucket {
+    size: u64,
+    refill_ns: u64,
+    /// Units; negative while in debt.
+    level: i128,
+    /// Tokens spent first and never refilled.
+    burst: u64,
+    /// When the level was true, in ns of the caller's clock.
+    updated: u64,
+}
+
+impl TokenBucket {
+    fn new(config: &TokenBucketConfig, now: u64) -> Self {
+        let refill_ns = config.refill_time_ms.saturating_mul(1_000_000).clamp(1, MAX_REFILL_NS);
+        let size = config.size;
+        let level = i128::from(size) * i128::from(refill_ns);
+        Self { size, refill_ns, level, burst: config.one_time_burst, updated: now }
+    }
+
+    fn full(&self) -> i128 {
+        i128::from(self.size) * i128::from(self.refill_ns)
+    }
+
+    fn refill(&mut self, now: u64) {
+        let elapsed = now.saturating_sub(self.updated);
+        self.updated = self.updated.max(now);
+        // Both factors fit 64 bits, but their product may use the sign bit.
+        let gain = i128::try_from(u128::from(elapsed) * u128::from(self.size)).unwrap_or(i128::MAX);
+        self.level = self.level.saturating_add(gain).min(self.full());
+    }
+
+    /// Nanoseconds until `cost` tokens can be taken; 0 if now.
+    fn wait(&self, cost: u64) -> u64 {
+        let beyond_burst = cost.saturating_sub(self.burst).min(self.size);
+        let needed = i128::from(beyond_burst) * i128::from(self.refill_ns);
+        let missing = needed.saturating_sub(self.level);
+        if missing <= 0 {
+            return 0;
+        }
+        let ns = missing.unsigned_abs().div_ceil(u128::from(self.size.max(1)));
+        u64::try_from(ns).unwrap_or(u64::MAX)
+    }
+
+    /// Takes `cost` tokens, the burst first.
+    fn take(&mut self, cost: u64) {
+        let from_burst = cost.min(self.burst);
+        self.burst -= from_burst;
+        let units = i128::from(cost - from_burst) * i128::from(self.refill_ns);
+        self.level = self.level.saturating_sub(units);
+    }
+}
+
+/// The two buckets of one direction of one device; all time comes from the caller.
+#[derive(Debug, Default)]
+struct Buckets {
+    bandwidth: Option<TokenBucket>,
+    ops: Option<TokenBucket>,
+}
+
+impl Buckets {
+    fn any(&self) -> bool {
+        self.bandwidth.is_some() || self.ops.is_some()
+    }
+
+    /// Takes one operation of `bytes`, or nothing at all and says how many ns to wait.
+    fn take(&mut self, bytes: u64, now: u64) -> Result<(), u64> {
+        let mut wait = 0;
+        for (bucket, cost) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.refill(now);
+                wait = wait.max(bucket.wait(cost));
+            }
+        }
+        if wait > 0 {
+            return Err(wait);
+        }
+        for (bucket, cost) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.take(cost);
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, update: &RateLimiterUpdate, now: u64) {
+        for (bucket, change) in [(&mut self.bandwidth, &update.bandwidth), (&mut self.ops, &update.ops)] {
+            match change {
+                BucketUpdate::Keep => {}
+                BucketUpdate::Off => *bucket = None,
+                BucketUpdate::Set(config) => *bucket = Some(TokenBucket::new(config, now)),
+            }
+        }
+    }
+}
+
+/// The limits of one direction of one device, with the timer that ends a throttling.
+#[derive(Debug)]
+pub struct RateLimiter {
+    buckets: Buckets,
+    timer: TimerFd,
+    throttled: bool,
+    /// Zero of the clock the buckets see.
+    epoch: Instant,
+}
+
+impl RateLimiter {
+    /// Full buckets as `config` says.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no descriptor left for the timer.
+    pub fn new(config: &RateLimiterConfig) -> io::Result<Self> {
+        let buckets = Buckets {
+            bandwidth: config.bandwidth.as_ref().map(|bucket| TokenBucket::new(bucket, 0)),
+            ops: config.ops.as_ref().map(|bucket| TokenBucket::new(bucket, 0)),
+        };
+        Ok(Self { buckets, timer: TimerFd::new()?, throttled: false, epoch: Instant::now() })
+    }
+
+    /// The timer: when it fires, edge-triggered, call [`Self::on_timer`].
+    pub fn timer_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    /// Whether the device waits for the timer.
+    pub fn is_throttled(&self) -> bool {
+        self.throttled
+    }
+
+    /// Takes one operation of `bytes` out of the buckets. If it cannot, takes nothing, arms the
+    /// timer, and the device is throttled until it fires.
+    pub fn take(&mut self, bytes: u64) -> bool {
+        if !self.buckets.any() {
+            return true;
+        }
+        let Err(wait) = self.buckets.take(bytes, self.now()) else { return true };
+        // A timer that cannot be set must not leave the device asleep for ever.
+        self.throttled = self.timer.reset(Duration::from_nanos(wait), None).is_ok();
+        !self.throttled
+    }
+
+    /// The timer fired: the device may try again.
+    pub fn on_timer(&mut self) {
+        self.throttled = false;
+    }
+
+    /// Changes the buckets; what is replaced starts full. The device may try again.
+    pub fn update(&mut self, update: &RateLimiterUpdate) {
+        let now = self.now();
+        self.buckets.update(update, now);
+        self.throttled = false;
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}

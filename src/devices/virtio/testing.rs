@@ -1,0 +1,302 @@
+#![allow(dead_code)]
+//! The other side of the transport: a guest that drives a device through its registers and its
+//! virtqueue as it likes, and an event loop that does what the real one does.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_mmio as reg;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Device, Interrupt, Source, VirtioMmio};
+use crate::memory::GuestMemory;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+
+pub const VERSION_1: u64 = 1 << 32;
+pub const EVENT_IDX: u64 = 1 << 29;
+pub const INDIRECT_DESC: u64 = 1 << 28;
+
+/// Guest RAM below the gap, and above it.
+pub const LOW_RAM: u64 = 8 << 20;
+pub const HIGH_RAM_START: u64 = 4 << 30;
+pub const HIGH_RAM: u64 = 1 << 20;
+
+/// Where the guest puts its queue, and where its buffers may start.
+pub const DESCRIPTORS: u64 = 0x1000;
+pub const AVAILABLE: u64 = 0x3000;
+pub const USED: u64 = 0x4000;
+pub const BUFFERS: u64 = 0x1_0000;
+
+/// A buffer of a chain.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffer {
+    pub address: u64,
+    pub length: u32,
+    pub writable: bool,
+}
+
+/// A device-readable buffer.
+pub fn readable(address: u64, length: u32) -> Buffer {
+    Buffer { address, length, writable: false }
+}
+
+/// A device-writable buffer.
+pub fn writable(address: u64, length: u32) -> Buffer {
+    Buffer { address, length, writable: true }
+}
+
+pub fn guest_memory() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), LOW_RAM as usize), (GuestAddress(HIGH_RAM_START), HIGH_RAM as usize)])
+        .unwrap()
+}
+
+/// A guest with one device.
+pub struct Guest {
+    pub memory: GuestMemory,
+    pub mmio: Arc<VirtioMmio>,
+    pub queue_size: u16,
+    events: EventLoop,
+    next_descriptor: Cell<u16>,
+    next_available: Cell<u16>,
+    next_used: Cell<u16>,
+}
+
+impl Guest {
+    pub fn new(device: Device) -> Self {
+        let memory = guest_memory();
+        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), interrupt).unwrap());
+        let events = EventLoop::new(&mmio.sources());
+        let cell = || Cell::new(0);
+        let (next_descriptor, next_available, next_used) = (cell(), cell(), cell());
+        Self { memory, mmio, queue_size: 256, events, next_descriptor, next_available, next_used }
+    }
+
+    /// A guest whose driver accepted everything and is ready.
+    pub fn booted(device: Device) -> Self {
+        let guest = Self::new(device);
+        let features = guest.offered();
+        guest.boot(features);
+        assert_eq!(guest.status(), 0xf);
+        guest
+    }
+
+    pub fn read(&self, register: u32) -> u32 {
+        let mut word = [0; 4];
+        self.mmio.read(register.into(), &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    pub fn write(&self, register: u32, value: u32) {
+        self.mmio.write(register.into(), &value.to_le_bytes());
+    }
+
+    pub fn status(&self) -> u32 {
+        self.read(reg::VIRTIO_MMIO_STATUS)
+    }
+
+    pub fn set_status(&self, status: u32) {
+        self.write(reg::VIRTIO_MMIO_STATUS, status);
+    }
+
+    pub fn offered(&self) -> u64 {
+        let page = |page| {
+            self.write(reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL, page);
+            u64::from(self.read(reg::VIRTIO_MMIO_DEVICE_FEATURES))
+        };
+        page(0) | page(1) << 32
+    }
+
+    pub fn accept(&self, features: u64) {
+        for (page, bits) in [(0, features as u32), (1, (features >> 32) as u32)] {
+            self.write(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, page);
+            self.write(reg::VIRTIO_MMIO_DRIVER_FEATURES, bits);
+        }
+    }
+
+    /// What a driver does before DRIVER_OK.
+    pub fn prepare(&self, features: u64) {
+        self.set_status(0);
+        self.set_status(1);
+        self.set_status(3);
+        self.accept(features);
+        self.set_status(0xb);
+        self.set_up_queue(0, self.queue_size.into(), DESCRIPTORS, AVAILABLE, USED);
+        for address in (DESCRIPTORS..BUFFERS).step_by(8) {
+            self.memory.write_obj(0u64, GuestAddress(address)).unwrap();
+        }
+        self.next_descriptor.set(0);
+        self.next_available.set(0);
+        self.next_used.set(0);
+    }
+
+    pub fn boot(&self, features: u64) {
+        self.prepare(features);
+        self.set_status(0xf);
+    }
+
+    pub fn set_up_queue(&self, queue: u32, size: u32, descriptors: u64, available: u64, used: u64) {
+        self.write(reg::VIRTIO_MMIO_QUEUE_SEL, queue);
+        self.write(reg::VIRTIO_MMIO_QUEUE_NUM, size);
+        for (low, high, address) in [
+            (reg::VIRTIO_MMIO_QUEUE_DESC_LOW, reg::VIRTIO_MMIO_QUEUE_DESC_HIGH, descriptors),
+            (reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW, reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH, available),
+            (reg::VIRTIO_MMIO_QUEUE_USED_LOW, reg::VIRTIO_MMIO_QUEUE_USED_HIGH, used),
+        ] {
+            self.write(low, address as u32);
+            self.write(high, (address >> 32) as u32);
+        }
+        self.write(reg::VIRTIO_MMIO_QUEUE_READY, 1);
+    }
+
+    /// Writes a descriptor of the table at `table`.
+    pub fn descriptor_at(&self, table: u64, index: u16, address: u64, length: u32, flags: u16, next: u16) {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&length.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).unwrap();
+    }
+
+    /// Writes a descriptor of the queue.
+    pub fn descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
+        self.descriptor_at(DESCRIPTORS, index, address, length, flags, next);
+    }
+
+    /// Links `buffers` into a chain and returns its head.
+    pub fn chain(&self, buffers: &[Buffer]) -> u16 {
+        let head = self.next_descriptor.get();
+        let at = |i: usize| (head + i as u16) % self.queue_size;
+        for (i, buffer) in buffers.iter().enumerate() {
+            let more = if i + 1 < buffers.len() { NEXT } else { 0 };
+            let flags = if buffer.writable { WRITE | more } else { more };
+            self.descriptor(at(i), buffer.address, buffer.length, flags, at(i + 1));
+        }
+        self.next_descriptor.set(at(buffers.len()));
+        head
+    }
+
+    /// Puts `head` in the available ring.
+    pub fn offer(&self, head: u16) {
+        let index = self.next_available.get();
+        let slot = u64::from(index % self.queue_size);
+        self.memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
+        self.next_available.set(index.wrapping_add(1));
+        self.set_available_index(self.next_available.get());
+    }
+
+    pub fn set_available_index(&self, index: u16) {
+        self.memory.write_obj(index, GuestAddress(AVAILABLE + 2)).unwrap();
+    }
+
+    /// The used buffer after which the guest wants to be interrupted.
+    pub fn set_used_event(&self, index: u16) {
+        self.memory.write_obj(index, GuestAddress(AVAILABLE + 4 + 2 * u64::from(self.queue_size))).unwrap();
+    }
+
+    /// The available buffer after which the device wants to be notified.
+    pub fn available_event(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(self.queue_size))).unwrap()
+    }
+
+    /// Notifies the device as KVM does, without waiting for it.
+    pub fn notify(&self) {
+        self.mmio.kick_fd().write(1).unwrap();
+    }
+
+    /// Notifies the device and lets it work until it has nothing to do.
+    pub fn kick(&self) {
+        self.notify();
+        while self.turn(Duration::ZERO) > 0 {}
+    }
+
+    /// One turn of the event loop. Returns the number of events.
+    pub fn turn(&self, timeout: Duration) -> usize {
+        let tags = self.events.wait(timeout);
+        for &tag in &tags {
+            self.mmio.on_event(tag);
+        }
+        tags.len()
+    }
+
+    /// Turns the event loop until `count` more buffers are used, which must not take 10 s.
+    pub fn await_used(&self, count: usize) -> Vec<(u16, u32)> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut used = self.used();
+        while used.len() < count {
+            assert!(Instant::now() < deadline, "{} of {count} buffers used in 10 s", used.len());
+            self.turn(Duration::from_millis(100));
+            used.extend(self.used());
+        }
+        used
+    }
+
+    /// The buffers used since the last call: head and bytes written.
+    pub fn used(&self) -> Vec<(u16, u32)> {
+        let end: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        let mut used = Vec::new();
+        while self.next_used.get() != end {
+            let slot = USED + 4 + 8 * u64::from(self.next_used.get() % self.queue_size);
+            let [head, length]: [u32; 2] = self.memory.read_obj(GuestAddress(slot)).unwrap();
+            used.push((head as u16, length));
+            self.next_used.set(self.next_used.get().wrapping_add(1));
+        }
+        used
+    }
+
+    /// Takes and acknowledges the interrupt; 0 if there was none.
+    pub fn interrupt(&self) -> u32 {
+        if self.mmio.interrupt().irqfd().read().is_err() {
+            return 0;
+        }
+        let status = self.read(reg::VIRTIO_MMIO_INTERRUPT_STATUS);
+        self.write(reg::VIRTIO_MMIO_INTERRUPT_ACK, status);
+        status
+    }
+
+    pub fn put(&self, address: u64, data: &[u8]) {
+        self.memory.write_slice(data, GuestAddress(address)).unwrap();
+    }
+
+    pub fn get(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut data = vec![0; length];
+        self.memory.read_slice(&mut data, GuestAddress(address)).unwrap();
+        data
+    }
+}
+
+/// Watches sources as the machine's event loop does: edge-triggered, nothing is read.
+struct EventLoop {
+    epoll: OwnedFd,
+}
+
+impl EventLoop {
+    fn new(sources: &[Source]) -> Self {
+        // SAFETY: the descriptor is new and ours.
+        let epoll = unsafe { OwnedFd::from_raw_fd(libc::epoll_create1(libc::EPOLL_CLOEXEC)) };
+        for source in sources {
+            let mut event =
+                libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: source.tag.into() };
+            // SAFETY: both descriptors are open, the event is on the stack.
+            let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, source.fd, &mut event) };
+            assert_eq!(added, 0, "{}", io::Error::last_os_error());
+        }
+        Self { epoll }
+    }
+
+    fn wait(&self, timeout: Duration) -> Vec<u8> {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 8];
+        let timeout = timeout.as_millis() as i32;
+        // SAFETY: the array is as long as it says.
+        let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), 8, timeout) };
+        events.iter().take(count.max(0) as usize).map(|event| event.u64 as u8).collect()
+    }
+}
