@@ -13,11 +13,12 @@
 pub mod acpi;
 pub mod cmdline;
 pub mod kernel;
+pub mod mptable;
 pub mod params;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::memory::{GuestRam, MmioDevice};
+use crate::memory::{GuestMemory, GuestRam, MmioDevice};
 
 pub use kernel::{Entry, EntryKind, Images};
 pub use params::LONG_MODE;
@@ -34,6 +35,8 @@ pub const STACK_TOP: u64 = 0x9000;
 pub const PAGE_TABLES: u64 = 0x9000;
 /// The kernel command line, NUL-terminated.
 pub const CMDLINE: u64 = 0x2_0000;
+/// End of the room for the command line.
+pub const CMDLINE_END: u64 = CMDLINE + crate::config::MAX_CMDLINE as u64 + 1;
 /// The last KiB of base memory, where a guest looks for the MP table (MP specification 1.4 §4).
 pub const EBDA: u64 = 0x9_FC00;
 /// End of base memory; video memory in a PC, nothing here.
@@ -50,14 +53,13 @@ const fn follows(start: u64, end: u64, next: u64) -> bool {
 }
 
 const _: () = {
-    use crate::config::MAX_CMDLINE;
     use crate::memory::PAGE_SIZE;
     assert!(follows(GDT, GDT + PAGE_SIZE, PVH_START_INFO));
     assert!(follows(PVH_START_INFO, PVH_START_INFO + PAGE_SIZE, ZERO_PAGE));
     assert!(follows(ZERO_PAGE, ZERO_PAGE + PAGE_SIZE, STACK_TOP - PAGE_SIZE));
     assert!(follows(STACK_TOP - PAGE_SIZE, STACK_TOP, PAGE_TABLES));
     assert!(follows(PAGE_TABLES, PAGE_TABLES + 6 * PAGE_SIZE, CMDLINE));
-    assert!(follows(CMDLINE, CMDLINE + MAX_CMDLINE as u64 + 1, EBDA));
+    assert!(follows(CMDLINE, CMDLINE_END, EBDA));
     assert!(follows(EBDA, EBDA_END, ACPI));
     assert!(follows(ACPI, ACPI_END, HIGH_MEMORY));
 };
@@ -80,7 +82,7 @@ pub enum Error {
 }
 
 /// Puts everything the boot vCPU needs into fresh guest RAM and says where it starts: kernel,
-/// initrd, `cmdline` (from [`cmdline::build`]), firmware tables for `_vcpus` vCPUs and `_devices` (not here yet),
+/// initrd, `cmdline` (from [`cmdline::build`]), firmware tables for `vcpus` vCPUs and `devices`,
 /// boot parameters, and for a 64-bit entry the tables of [`LONG_MODE`].
 ///
 /// # Errors
@@ -89,16 +91,27 @@ pub fn fill(
     ram: &GuestRam,
     images: &Images<'_>,
     cmdline: &str,
-    _vcpus: u8,
-    _devices: &[MmioDevice],
+    vcpus: u8,
+    devices: &[MmioDevice],
 ) -> Result<Entry, Error> {
     let wrote = |what| move |source| Error::Write { what, source };
     let memory = ram.memory();
     let loaded = kernel::load(ram, images)?;
-    memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE)).map_err(wrote("command line"))?;
-    params::write(ram, &loaded, 0).map_err(wrote("boot parameters"))?;
+    let line = [cmdline.as_bytes(), b"\0"].concat();
+    put(memory, &line, CMDLINE, CMDLINE_END).map_err(wrote("command line"))?;
+    mptable::write(memory, vcpus).map_err(wrote("MP table"))?;
+    let rsdp = acpi::write_tables(memory, vcpus, devices).map_err(wrote("ACPI tables"))?;
+    params::write(ram, &loaded, rsdp).map_err(wrote("boot parameters"))?;
     if matches!(loaded.entry, Entry::Linux64 { .. }) {
         params::write_long_mode_tables(memory).map_err(wrote("page tables"))?;
     }
     Ok(loaded.entry)
+}
+
+/// Writes `bytes` at `gpa` into the area that ends at `end`.
+fn put(memory: &GuestMemory, bytes: &[u8], gpa: u64, end: u64) -> Result<(), GuestMemoryError> {
+    if gpa + bytes.len() as u64 > end {
+        return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(end)));
+    }
+    memory.write_slice(bytes, GuestAddress(gpa))
 }
