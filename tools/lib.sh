@@ -126,11 +126,12 @@ cloud_kernel() { unpacked "linux-image-${1//./\\.}\.[0-9].*-cloud-amd64"; }
 busybox() { echo "$(unpacked busybox-static)/bin/busybox"; }
 
 # copy_modules KERNEL_DIR DEST MODULE…: the modules and all they depend on, unpacked as DEST/NN-name.ko, where the
-# numbers give the order to load them in. What the kernel has built in, and what it does not know, is left out.
+# numbers give the order to load them in. What the kernel has built in, and what it does not know, is left out. So are
+# the signatures: to check them takes an emulated CPU most of its time to load a module.
 copy_modules() {
   local dir=$1 dest=$2 version module file number=10
   shift 2
-  need kmod:modprobe xz-utils:xz
+  need kmod:modprobe xz-utils:xz binutils:strip
   version=$(ls "$dir/lib/modules")
   mkdir -p "$dest"
   for module; do
@@ -141,7 +142,8 @@ copy_modules() {
       case $file in
         *.xz) xz -dc "$file" ;;
         *) cat "$file" ;;
-      esac >"$dest/$((number++))-$module.ko"
+      esac >"$dest/$number-$module.ko"
+      strip --strip-debug "$dest/$((number++))-$module.ko"
     done < <(modprobe -d "$dir" -S "$version" --show-depends "$module" 2>/dev/null | grep '^insmod ')
   done
 }
