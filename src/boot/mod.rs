@@ -115,3 +115,6 @@ fn put(memory: &GuestMemory, bytes: &[u8], gpa: u64, end: u64) -> Result<(), Gue
     }
     memory.write_slice(bytes, GuestAddress(gpa))
 }
+
+#[cfg(test)]
+mod tests;

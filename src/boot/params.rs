@@ -173,3 +173,162 @@ pub fn write_long_mode_tables(memory: &GuestMemory) -> Result<LongMode, GuestMem
     write(&GDT_ENTRIES, GDT)?;
     Ok(LONG_MODE)
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::ByteValued;
+
+    use super::*;
+    use crate::config::HugePages;
+    use crate::memory::{MIB, MMIO_GAP_END};
+
+    const GIB: u64 = 1 << 30;
+    const RAM: u32 = E820_RAM;
+
+    fn ram(size: u64) -> GuestRam {
+        GuestRam::new(size, HugePages::None).unwrap()
+    }
+
+    fn loaded(entry: Entry, initrd: Option<(u64, u64)>) -> Loaded {
+        Loaded { entry, initrd, kernel_end: 0x200_0000, setup_header: None }
+    }
+
+    fn read<T: ByteValued>(ram: &GuestRam, gpa: u64) -> T {
+        ram.memory().read_obj(GuestAddress(gpa)).unwrap()
+    }
+
+    /// Usable ranges from 1 MiB up.
+    fn high_ram(size: u64) -> Vec<(u64, u64)> {
+        let map = memory_map(&ram(size));
+        assert!(map.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "sorted, no overlap: {map:x?}");
+        let usable = map.iter().filter(|e| e.kind == RAM && e.start >= MIB);
+        usable.map(|e| (e.start, e.start + e.size)).collect()
+    }
+
+    #[test]
+    fn the_map_shows_all_ram_and_no_gap() {
+        assert_eq!(high_ram(16 * MIB), [(MIB, 16 * MIB)]);
+        assert_eq!(high_ram(128 * MIB), [(MIB, 128 * MIB)]);
+        assert_eq!(high_ram(3 * GIB), [(MIB, 3 * GIB)]);
+        assert_eq!(high_ram(5 * GIB), [(MIB, 3 * GIB), (MMIO_GAP_END, 6 * GIB)]);
+        assert_eq!(high_ram(MIB), []);
+    }
+
+    #[test]
+    fn tables_are_in_reserved_ranges_and_low_structures_in_ram() {
+        let map = memory_map(&ram(16 * MIB));
+        let kind = |gpa| map.iter().find(|e| (e.start..e.start + e.size).contains(&gpa)).map(|e| e.kind);
+        for reserved in [EBDA, EBDA_END - 1, ACPI, ACPI_END - 1] {
+            assert_eq!(kind(reserved), Some(E820_RESERVED), "{reserved:#x}");
+        }
+        for usable in [ZERO_PAGE, PVH_START_INFO, CMDLINE, PAGE_TABLES, EBDA - 1, HIGH_MEMORY] {
+            assert_eq!(kind(usable), Some(RAM), "{usable:#x}");
+        }
+        assert_eq!(kind(EBDA_END), None, "video memory");
+    }
+
+    #[test]
+    fn the_largest_machine_fits_both_maps() {
+        let map = memory_map(&ram(crate::config::MAX_MEM_SIZE_MIB * MIB));
+        assert!(map.len() as u64 <= MAX_RANGES);
+        assert!(map.len() <= boot_params::default().e820_table.len());
+    }
+
+    #[test]
+    fn an_elf_kernel_gets_a_zero_page() {
+        let ram = ram(64 * MIB);
+        let initrd = Some((0x300_0000, 12345));
+        write(&ram, &loaded(Entry::Linux64 { rip: 0x100_0000 }, initrd), 0xE_0000).unwrap();
+        let params: boot_params = read(&ram, ZERO_PAGE);
+        let hdr = params.hdr;
+        assert_eq!(({ hdr.boot_flag }, { hdr.header.to_le_bytes() }), (0xAA55, *b"HdrS"));
+        assert_eq!(({ hdr.cmd_line_ptr }, hdr.type_of_loader), (0x2_0000, 0xFF));
+        assert_eq!(({ hdr.ramdisk_image }, { hdr.ramdisk_size }), (0x300_0000, 12345));
+        assert_eq!({ params.acpi_rsdp_addr }, 0xE_0000);
+        let entries = params.e820_table;
+        let map: Vec<_> = entries[..params.e820_entries.into()].iter().map(|e| (e.addr, e.size, e.r#type)).collect();
+        assert_eq!(map, memory_map(&ram).iter().map(|e| (e.start, e.size, e.kind)).collect::<Vec<_>>());
+        // Where the boot protocol says they are, whatever the structure above thinks.
+        assert_eq!(read::<[u8; 4]>(&ram, ZERO_PAGE + 0x202), *b"HdrS");
+        assert_eq!(read::<u8>(&ram, ZERO_PAGE + 0x1e8), params.e820_entries);
+        assert_eq!(read::<u64>(&ram, ZERO_PAGE + 0x70), 0xE_0000);
+        assert_eq!(read::<u64>(&ram, ZERO_PAGE + 0x2d0 + 8), EBDA);
+    }
+
+    #[test]
+    fn a_bzimage_keeps_its_own_header() {
+        let ram = ram(64 * MIB);
+        let header = setup_header {
+            version: 0x020c,
+            init_size: 0x123_4000,
+            setup_data: 0xBAD,
+            ramdisk_size: 0xBAD,
+            ..Default::default()
+        };
+        let loaded = Loaded { setup_header: Some(header), ..loaded(Entry::Linux64 { rip: 0x100_0200 }, None) };
+        write(&ram, &loaded, 0).unwrap();
+        let hdr = read::<boot_params>(&ram, ZERO_PAGE).hdr;
+        assert_eq!(({ hdr.version }, { hdr.init_size }), (0x020c, 0x123_4000));
+        assert_eq!(({ hdr.setup_data }, { hdr.ramdisk_size }), (0, 0), "not for the file to say");
+    }
+
+    #[test]
+    fn a_pvh_kernel_gets_a_start_info() {
+        let ram = ram(5 * GIB);
+        let entry = Entry::Pvh { eip: 0x100_0000 };
+        write(&ram, &loaded(entry, Some((0x300_0000, 777))), 0xE_0000).unwrap();
+        let info: hvm_start_info = read(&ram, PVH_START_INFO);
+        assert_eq!((info.magic, info.version, info.flags, info.nr_modules), (0x336e_c578, 1, 0, 1));
+        assert_eq!((info.cmdline_paddr, info.rsdp_paddr), (0x2_0000, 0xE_0000));
+        let module: hvm_modlist_entry = read(&ram, info.modlist_paddr);
+        assert_eq!((module.paddr, module.size), (0x300_0000, 777));
+        let size = size_of::<hvm_memmap_table_entry>() as u64;
+        let entries = (0..info.memmap_entries).map(|n| info.memmap_paddr + u64::from(n) * size);
+        let map: Vec<hvm_memmap_table_entry> = entries.map(|at| read(&ram, at)).collect();
+        let expected = memory_map(&ram);
+        assert_eq!(map.len(), expected.len());
+        assert!(map.iter().zip(&expected).all(|(a, b)| (a.addr, a.size, a.type_) == (b.start, b.size, b.kind)));
+
+        write(&ram, &loaded(entry, None), 0).unwrap();
+        assert_eq!(read::<hvm_start_info>(&ram, PVH_START_INFO).nr_modules, 0);
+    }
+
+    /// Walks the page tables as the processor does.
+    fn translate(ram: &GuestRam, cr3: u64, address: u64) -> u64 {
+        let mut table = cr3;
+        for shift in [39, 30, 21] {
+            let entry: u64 = read(ram, table + (address >> shift & 511) * 8);
+            assert_eq!(entry & 3, 3, "present and writable: {address:#x}");
+            if entry & LARGE_PAGE != 0 {
+                assert_eq!(shift, 21);
+                return (entry & !0x1F_FFFF) | (address & 0x1F_FFFF);
+            }
+            table = entry & !0xFFF;
+        }
+        panic!("no large page for {address:#x}");
+    }
+
+    #[test]
+    fn the_first_four_gib_are_mapped_to_themselves() {
+        let ram = ram(2 * MIB);
+        let tables = write_long_mode_tables(ram.memory()).unwrap();
+        for address in [0, 0x7123, 0x1F_FFFF, 0x20_0000, 0x100_0000, 0xC000_1000, 0xFEE0_0030, 0xFFFF_FFFF] {
+            assert_eq!(translate(&ram, tables.cr3, address), address);
+        }
+        let beyond: u64 = read(&ram, PAGE_TABLES + PAGE_SIZE + 4 * 8);
+        assert_eq!(beyond, 0);
+    }
+
+    #[test]
+    fn the_gdt_has_flat_segments_where_linux_wants_them() {
+        let ram = ram(2 * MIB);
+        let tables = write_long_mode_tables(ram.memory()).unwrap();
+        let descriptor = |selector: u16| read::<u64>(&ram, tables.gdt_base + u64::from(selector));
+        let (code, data, tss) = (descriptor(CODE_SELECTOR), descriptor(DATA_SELECTOR), descriptor(TSS_SELECTOR));
+        let access = |d: u64| d >> 40 & 0xFF;
+        assert_eq!((access(code), access(data), access(tss)), (0x9B, 0x93, 0x8B));
+        assert_eq!((code >> 52 & 0xF, data >> 52 & 0xF), (0xA, 0xC), "64-bit code, 32-bit data");
+        assert_eq!((code & 0xF_0000_0000_FFFF, data & 0xF_0000_0000_FFFF), (0xF_0000_0000_FFFF, 0xF_0000_0000_FFFF));
+        assert!(tables.gdt_limit >= TSS_SELECTOR + 15, "a TSS descriptor has 16 bytes in long mode");
+    }
+}

@@ -52,7 +52,7 @@ fn walk(ram: &GuestRam, rsdp: u64) -> [Vec<u8>; 4] {
 fn a_guest_finds_sound_tables_where_the_bios_has_them() {
     let ram = ram();
     let rsdp = write_tables(ram.memory(), 32, &places()).unwrap();
-    assert!((0xE_0000..0x10_0000).contains(&rsdp) && rsdp % 16 == 0, "ACPI 6.5 §5.2.5.1");
+    assert!((0xE_0000..0x10_0000).contains(&rsdp) && rsdp.is_multiple_of(16), "ACPI 6.5 §5.2.5.1");
     let [_, fadt, madt, _] = walk(&ram, rsdp);
     assert_eq!(fadt.len(), 276);
     let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());

@@ -310,7 +310,7 @@ proptest! {
         lens in prop::collection::vec((1usize..0x4000, 0u64..0x2000, 0u64..0x1800, any::<bool>()), 1..5),
         initrd in prop::collection::vec(any::<u8>(), 1..0x3000),
     ) {
-        let (mut gpa, mut parts) = (LOAD, Vec::new());
+        let (mut gpa, mut parts) = (HIGH_MEMORY, Vec::new());
         for (len, zeroes, gap, congruent) in lens {
             gpa += gap;
             let mut p = part(gpa, len, zeroes);
@@ -319,8 +319,8 @@ proptest! {
             parts.push(p);
         }
         let kernel = elf(parts[0].gpa, &parts, &[]);
-        let (_, mapped) = load_in(18, &kernel, Some(&initrd), ImageMapping::Shared).unwrap();
-        let (_, copied) = load_in(18, &kernel, Some(&initrd), ImageMapping::Private).unwrap();
+        let (_, mapped) = load_in(2, &kernel, Some(&initrd), ImageMapping::Shared).unwrap();
+        let (_, copied) = load_in(2, &kernel, Some(&initrd), ImageMapping::Private).unwrap();
         prop_assert!(mapped == copied);
         for p in &parts {
             prop_assert!(mapped[p.gpa as usize..][..p.content.len()] == p.content);
@@ -341,8 +341,9 @@ proptest! {
             bytes[header + at % 0xb0..][..len].copy_from_slice(&value.to_le_bytes()[..len]);
         }
         bytes.truncate(cut.unwrap_or(usize::MAX));
-        if let Ok((loaded, _)) = load_in(32, &bytes, Some(b"x"), ImageMapping::Shared) {
-            prop_assert!(loaded.kernel_end <= 32 * MIB);
+        let (ram, kernel) = (ram(32), file_of(&bytes));
+        if let Ok(loaded) = load(&ram, &images(&kernel, Some(&kernel), ImageMapping::Shared)) {
+            prop_assert!(loaded.kernel_end <= ram.low_end());
         }
     }
 }
