@@ -1,0 +1,215 @@
+//! `vesiclectl run`: one command, one microVM.
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use rustix::termios::{self, OptionalActions, Termios};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vesiclectl::{Client, ClientError, Job, Script, Signaller, Vesicle};
+
+/// The status of a run that did not come to a command's own status.
+pub const FAILED: u8 = 125;
+
+/// A quiet kernel that resets the machine when it panics. The default guest loads its drivers as modules.
+const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
+    i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// Run a command in a microVM of its own.
+///
+/// The guest's serial port is standard output. The exit status is the command's; 125 means that there is none, and
+/// standard error says why. Without a command there is a shell, which takes a terminal.
+///
+/// On a terminal the command talks to it. Otherwise its standard input is empty, or with --stdin a copy of this one,
+/// read to its end before the guest starts.
+#[derive(clap::Args)]
+pub struct Run {
+    /// The VMM to run
+    #[arg(long, value_name = "FILE")]
+    vesicle: PathBuf,
+    /// The kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial RAM disk; it has to be the default guest's, or one that runs jobs the same way
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// Run the command in this root file system, a raw image, which cannot be written to
+    #[arg(long, value_name = "FILE")]
+    rootfs: Option<PathBuf>,
+    /// Let the guest write to the root file system: what it writes is in the image for good
+    #[arg(long, requires = "rootfs")]
+    writable: bool,
+    /// vCPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u8,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    memory: u64,
+    /// Kernel arguments that follow the usual ones, such as loglevel=7 to see the kernel's messages
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
+    boot_args: Option<String>,
+    /// Give the command this standard input
+    #[arg(long)]
+    stdin: bool,
+    /// The command and its arguments, which no shell looks at
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// Where the guest's serial port goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Console {
+    Terminal,
+    Output,
+}
+
+impl Run {
+    /// Runs the command; returns its exit status.
+    pub fn run(&self) -> Result<u8, Box<dyn Error>> {
+        let console = match io::stdin().is_terminal() && io::stdout().is_terminal() && !self.stdin {
+            true => Console::Terminal,
+            false if self.command.is_empty() => return Err("name a COMMAND after --; a shell takes a terminal".into()),
+            false => Console::Output,
+        };
+        let dir = tempfile::Builder::new().prefix("vesiclectl-").tempdir()?;
+        let job = self.job(console, &dir.path().join("job"))?;
+        let log = dir.path().join("log");
+
+        let _terminal = Terminal::save();
+        let mut vesicle = Vesicle::spawn(self.vmm(console, &log)?)
+            .map_err(|error| format!("cannot run {}: {error}", self.vesicle.display()))?;
+        let caught = pass_on_signals(vesicle.signaller())?;
+        let started = self.start(vesicle.api(), &job, console);
+        if started.is_err() {
+            vesicle.signaller().terminate();
+        }
+        let ended = vesicle.wait()?;
+
+        match caught.load(Ordering::SeqCst) {
+            0 => {}
+            signal => return Ok(128 + signal),
+        }
+        let failed = match (started, ended.success(), job.status()?) {
+            (Ok(()), true, Some(status)) => return Ok(status),
+            // Refused requests are explained by their replies; where there was none, the log may tell.
+            (Err(refused @ ClientError::Refused { .. }), ..) => return Err(refused.into()),
+            (Err(error), ..) => Err(error.into()),
+            (Ok(()), true, None) => Err("the guest ended before the command did; \
+                --boot-args loglevel=7 shows the kernel's messages"
+                .into()),
+            (Ok(()), false, _) => Err(format!("the VMM failed ({ended})").into()),
+        };
+        show_tail(&log);
+        failed
+    }
+
+    /// What the guest finds on its job drive.
+    fn job(&self, console: Console, path: &Path) -> io::Result<Job> {
+        match console {
+            Console::Terminal => {
+                let mut script = Script::new();
+                if let Ok(size) = termios::tcgetwinsize(io::stdout()) {
+                    script = script.line(format!("stty rows {} cols {} 2>/dev/null", size.ws_row, size.ws_col));
+                }
+                if let Some(term) = std::env::var_os("TERM") {
+                    script = script.line([b"export TERM=", &*vesiclectl::quote(&term)].concat());
+                }
+                let shell = ["sh".into(), "-l".into()];
+                Job::create(path, script.exec("", if self.command.is_empty() { &shell } else { &self.command }))
+            }
+            Console::Output if self.stdin => {
+                let device = if self.rootfs.is_some() { "/dev/vdb" } else { "/dev/vda" };
+                Job::with_input(path, &self.command, device, &mut io::stdin().lock())
+            }
+            Console::Output => Job::create(path, Script::new().exec("</dev/null ", &self.command)),
+        }
+    }
+
+    /// The VMM's process. Its log goes to a file that is shown if it fails.
+    fn vmm(&self, console: Console, log: &Path) -> io::Result<Command> {
+        let mut command = Command::new(&self.vesicle);
+        command.stderr(File::options().create(true).append(true).open(log)?);
+        if console == Console::Output {
+            command.stdin(Stdio::null());
+        }
+        Ok(command)
+    }
+
+    /// Configures the microVM and starts it.
+    fn start(&self, api: &Client, job: &Job, console: Console) -> Result<(), ClientError> {
+        let mut boot_args = BOOT_ARGS.to_owned();
+        if console == Console::Terminal {
+            boot_args += " vesicle.tty=1";
+        }
+        if let Some(more) = &self.boot_args {
+            boot_args = boot_args + " " + more;
+        }
+        let mut boot_source = json!({ "kernel_image_path": self.kernel, "boot_args": boot_args });
+        if let Some(initramfs) = &self.initramfs {
+            boot_source["initrd_path"] = json!(initramfs);
+        }
+        api.must_put("/machine-config", &json!({ "vcpu_count": self.vcpus, "mem_size_mib": self.memory }))?;
+        api.must_put("/boot-source", &boot_source)?;
+        // The guest names drives in this order: the root is vda, and the job drive comes last.
+        if let Some(rootfs) = &self.rootfs {
+            api.must_put("/drives/root", &drive("root", rootfs, !self.writable))?;
+        }
+        api.must_put("/drives/job", &drive("job", job.path(), false))?;
+        api.must_put("/actions", &json!({ "action_type": "InstanceStart" }))
+    }
+}
+
+fn drive(id: &str, path: &Path, read_only: bool) -> Value {
+    json!({ "drive_id": id, "path_on_host": path, "is_root_device": id == "root", "is_read_only": read_only })
+}
+
+/// From now on a signal that would end this process ends the VMM instead, gently at first; the rest follows from that.
+/// Returns where the signal is noted.
+fn pass_on_signals(vesicle: Signaller) -> io::Result<Arc<AtomicU8>> {
+    let caught = Arc::new(AtomicU8::new(0));
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    let note = Arc::clone(&caught);
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            match note.swap(u8::try_from(signal).unwrap_or(u8::MAX), Ordering::SeqCst) {
+                0 => vesicle.terminate(),
+                _ => vesicle.kill(),
+            }
+        }
+    });
+    Ok(caught)
+}
+
+/// The terminal's settings, put back at the end even if the VMM was killed before it could.
+struct Terminal(Option<Termios>);
+
+impl Terminal {
+    fn save() -> Self {
+        Self(termios::tcgetattr(io::stdin()).ok())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Some(settings) = &self.0 {
+            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Drain, settings);
+        }
+    }
+}
+
+/// The last lines of the VMM's log, on standard error.
+fn show_tail(log: &Path) {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().collect();
+    for line in &lines[lines.len().saturating_sub(20)..] {
+        eprintln!("{line}");
+    }
+}
