@@ -4,6 +4,91 @@
 
 use std::path::PathBuf;
 
+/// A configuration that cannot be: one sentence that names the field and says what is legal.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Outside 1 to [`MAX_VCPUS`].
+    #[error("vcpu_count is {0}; it must be 1 to {MAX_VCPUS}")]
+    VcpuCount(u8),
+    /// Two threads a core cannot be shared out.
+    #[error("vcpu_count is {0}; with smt it must be 1 or even")]
+    OddVcpuCount(u8),
+    /// Outside 1 to [`MAX_MEM_SIZE_MIB`].
+    #[error("mem_size_mib is {0}; it must be 1 to {MAX_MEM_SIZE_MIB}")]
+    MemSize(u64),
+    /// Not a whole number of huge pages.
+    #[error("mem_size_mib is {0}; with huge_pages 2M it must be even")]
+    OddMemSize(u64),
+    /// A static template of the peer.
+    #[error("cpu_template `{0}` is not available in this release; leave it out or use `None`")]
+    CpuTemplate(String),
+    /// A path that names nothing.
+    #[error("{0} is empty; give the path of a file")]
+    EmptyPath(&'static str),
+    /// A resource id outside `[A-Za-z0-9_]+`.
+    #[error("{field} `{id}` is not a resource id; use letters, digits and underscores")]
+    ResourceId {
+        /// The JSON field.
+        field: &'static str,
+        /// What it held.
+        id: String,
+    },
+    /// The path and the body name different resources.
+    #[error("the path names `{path}`, but {field} in the body is `{body}`; they must be the same")]
+    IdMismatch {
+        /// The JSON field.
+        field: &'static str,
+        /// The id in the path.
+        path: String,
+        /// The id in the body.
+        body: String,
+    },
+    /// Over [`MAX_CMDLINE`].
+    #[error("boot_args is {0} bytes long; the kernel takes at most {MAX_CMDLINE}")]
+    BootArgsLength(usize),
+    /// The kernel command line is printable ASCII.
+    #[error("boot_args holds the character {0:?}; only printable ASCII is allowed")]
+    BootArgsCharacter(char),
+    /// It becomes part of the kernel command line.
+    #[error("partuuid `{0}` is not a partition UUID; use hexadecimal digits and hyphens")]
+    PartUuid(String),
+    /// Discard writes.
+    #[error("drive `{0}` is read-only and cannot offer discard; set one of is_read_only and discard to false")]
+    DiscardReadOnly(String),
+    /// There can be one.
+    #[error("drive `{id}` cannot be the root device: a root device already exists, drive `{root}`")]
+    SecondRoot {
+        /// The new drive.
+        id: String,
+        /// The root drive there is.
+        root: String,
+    },
+    /// Every device needs an interrupt line.
+    #[error("drive `{0}` is one device too many; a microVM has at most {MAX_VIRTIO_DEVICES}")]
+    TooManyDevices(String),
+    /// A PATCH that changes nothing is a mistake.
+    #[error("nothing to change: {0}")]
+    EmptyUpdate(&'static str),
+    /// Known to the API, not to this release.
+    #[error("{0}")]
+    Unavailable(&'static str),
+}
+
+/// Whether `id` may name a resource: `[A-Za-z0-9_]+`.
+///
+/// # Errors
+/// [`ConfigError::ResourceId`], naming the JSON field `field`.
+pub fn check_resource_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
+    if !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+        return Ok(());
+    }
+    Err(ConfigError::ResourceId { field, id: id.to_owned() })
+}
+
+fn check_path(field: &'static str, path: &std::path::Path) -> Result<(), ConfigError> {
+    if path.as_os_str().is_empty() { Err(ConfigError::EmptyPath(field)) } else { Ok(()) }
+}
+
 /// Most vCPUs a microVM may have.
 pub const MAX_VCPUS: u8 = 32;
 /// Most guest memory in MiB: beyond it no host of today could back it, and arithmetic stays exact.
@@ -51,6 +136,28 @@ impl Default for MachineConfig {
     }
 }
 
+impl MachineConfig {
+    /// The same if it is legal.
+    ///
+    /// # Errors
+    /// What is out of range.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        if self.vcpu_count == 0 || self.vcpu_count > MAX_VCPUS {
+            return Err(ConfigError::VcpuCount(self.vcpu_count));
+        }
+        if self.smt && self.vcpu_count > 1 && self.vcpu_count % 2 == 1 {
+            return Err(ConfigError::OddVcpuCount(self.vcpu_count));
+        }
+        if self.mem_size_mib == 0 || self.mem_size_mib > MAX_MEM_SIZE_MIB {
+            return Err(ConfigError::MemSize(self.mem_size_mib));
+        }
+        if self.huge_pages == HugePages::Size2M && self.mem_size_mib % 2 == 1 {
+            return Err(ConfigError::OddMemSize(self.mem_size_mib));
+        }
+        Ok(self)
+    }
+}
+
 /// How kernel and initrd get into guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ImageMapping {
@@ -74,6 +181,26 @@ pub struct BootSource {
     pub image_mapping: Option<ImageMapping>,
 }
 
+impl BootSource {
+    /// The same if it is legal; the files are not looked at.
+    ///
+    /// # Errors
+    /// An empty path, or arguments the kernel could not take.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        check_path("kernel_image_path", &self.kernel_image_path)?;
+        self.initrd_path.as_deref().map_or(Ok(()), |path| check_path("initrd_path", path))?;
+        if let Some(args) = &self.boot_args {
+            if let Some(character) = args.chars().find(|c| !matches!(c, ' '..='~')) {
+                return Err(ConfigError::BootArgsCharacter(character));
+            }
+            if args.len() > MAX_CMDLINE {
+                return Err(ConfigError::BootArgsLength(args.len()));
+            }
+        }
+        Ok(self)
+    }
+}
+
 /// One token bucket: `size` tokens, refilled evenly over `refill_time_ms`. Neither is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenBucketConfig {
@@ -83,6 +210,13 @@ pub struct TokenBucketConfig {
     pub refill_time_ms: u64,
     /// Extra tokens spent first and never refilled.
     pub one_time_burst: u64,
+}
+
+impl TokenBucketConfig {
+    /// A bucket, or `None` if `size` or `refill_time_ms` is 0: that means no limit.
+    pub fn new(size: u64, refill_time_ms: u64, one_time_burst: u64) -> Option<Self> {
+        (size != 0 && refill_time_ms != 0).then_some(Self { size, refill_time_ms, one_time_burst })
+    }
 }
 
 /// Limits of one direction of one device.
@@ -113,6 +247,25 @@ pub struct RateLimiterUpdate {
     pub bandwidth: BucketUpdate,
     /// Operations.
     pub ops: BucketUpdate,
+}
+
+impl BucketUpdate {
+    /// Changes `bucket`.
+    pub fn apply(self, bucket: &mut Option<TokenBucketConfig>) {
+        match self {
+            Self::Keep => {}
+            Self::Off => *bucket = None,
+            Self::Set(config) => *bucket = Some(config),
+        }
+    }
+}
+
+impl RateLimiterUpdate {
+    /// Changes `limits`.
+    pub fn apply(&self, limits: &mut RateLimiterConfig) {
+        self.bandwidth.apply(&mut limits.bandwidth);
+        self.ops.apply(&mut limits.ops);
+    }
 }
 
 /// What FLUSH means to the guest.
@@ -158,6 +311,27 @@ pub struct DriveConfig {
     pub discard: bool,
 }
 
+impl DriveConfig {
+    /// The same if it is legal; the file is not looked at.
+    ///
+    /// # Errors
+    /// A bad id, path or partition UUID, or options that exclude each other.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        check_resource_id("drive_id", &self.drive_id)?;
+        check_path("path_on_host", &self.path_on_host)?;
+        if let Some(partuuid) = &self.partuuid {
+            // It goes into the kernel command line: nothing that could end the argument.
+            if partuuid.is_empty() || !partuuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
+                return Err(ConfigError::PartUuid(partuuid.clone()));
+            }
+        }
+        if self.discard && self.is_read_only {
+            return Err(ConfigError::DiscardReadOnly(self.drive_id));
+        }
+        Ok(self)
+    }
+}
+
 /// A change to a drive of a running microVM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DriveUpdate {
@@ -167,6 +341,21 @@ pub struct DriveUpdate {
     pub path_on_host: Option<PathBuf>,
     /// New limits.
     pub rate_limiter: Option<RateLimiterUpdate>,
+}
+
+impl DriveUpdate {
+    /// The same if it is legal and changes something.
+    ///
+    /// # Errors
+    /// A bad id or path, or nothing to change.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        check_resource_id("drive_id", &self.drive_id)?;
+        self.path_on_host.as_deref().map_or(Ok(()), |path| check_path("path_on_host", path))?;
+        if self.path_on_host.is_none() && self.rate_limiter.is_none() {
+            return Err(ConfigError::EmptyUpdate("name path_on_host or rate_limiter"));
+        }
+        Ok(self)
+    }
 }
 
 /// Where the serial port's output goes.
@@ -219,4 +408,146 @@ pub struct VmConfig {
     pub logger: Option<LoggerConfig>,
     /// Metrics.
     pub metrics: Option<MetricsConfig>,
+}
+
+impl VmConfig {
+    /// Adds a drive, or replaces the one of the same id. The root drive moves to the front: it is vda.
+    ///
+    /// # Errors
+    /// A second root drive, or more drives than interrupt lines; nothing changed then.
+    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ConfigError> {
+        let root = self.drives.iter().find(|other| other.is_root_device && other.drive_id != drive.drive_id);
+        if let (true, Some(root)) = (drive.is_root_device, root) {
+            return Err(ConfigError::SecondRoot { id: drive.drive_id, root: root.drive_id.clone() });
+        }
+        match self.drives.iter().position(|other| other.drive_id == drive.drive_id) {
+            None if self.drives.len() == MAX_VIRTIO_DEVICES => {
+                return Err(ConfigError::TooManyDevices(drive.drive_id));
+            }
+            Some(index) if !drive.is_root_device => self.drives[index] = drive,
+            index => {
+                index.map(|index| self.drives.remove(index));
+                let at = if drive.is_root_device { 0 } else { self.drives.len() };
+                self.drives.insert(at, drive);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drive(id: &str, root: bool) -> DriveConfig {
+        DriveConfig {
+            drive_id: id.into(),
+            is_root_device: root,
+            path_on_host: "/disk".into(),
+            is_read_only: false,
+            partuuid: None,
+            cache_type: CacheType::Unsafe,
+            io_engine: IoEngine::Sync,
+            rate_limiter: RateLimiterConfig::default(),
+            discard: false,
+        }
+    }
+
+    fn ids(config: &VmConfig) -> Vec<&str> {
+        config.drives.iter().map(|drive| drive.drive_id.as_str()).collect()
+    }
+
+    #[test]
+    fn the_root_drive_is_first_whenever_it_comes() {
+        let mut config = VmConfig::default();
+        for (id, root) in [("a", false), ("root", true), ("b", false)] {
+            config.set_drive(drive(id, root)).unwrap();
+        }
+        assert_eq!(ids(&config), ["root", "a", "b"]);
+    }
+
+    #[test]
+    fn a_second_root_is_refused_and_nothing_changes() {
+        let mut config = VmConfig::default();
+        config.set_drive(drive("root", true)).unwrap();
+        config.set_drive(drive("data", false)).unwrap();
+        let before = config.clone();
+        for id in ["data", "new"] {
+            assert!(matches!(config.set_drive(drive(id, true)), Err(ConfigError::SecondRoot { .. })));
+        }
+        assert_eq!(config, before);
+    }
+
+    #[test]
+    fn a_drive_is_replaced_by_its_id_and_may_become_or_cease_to_be_the_root() {
+        let mut config = VmConfig::default();
+        config.set_drive(drive("a", true)).unwrap();
+        config.set_drive(drive("b", false)).unwrap();
+        config.set_drive(drive("a", false)).unwrap();
+        config.set_drive(drive("b", true)).unwrap();
+        assert_eq!(ids(&config), ["b", "a"]);
+        config.set_drive(DriveConfig { path_on_host: "/other".into(), ..drive("a", false) }).unwrap();
+        assert_eq!(config.drives[1].path_on_host, PathBuf::from("/other"));
+    }
+
+    #[test]
+    fn there_are_as_many_drives_as_interrupt_lines() {
+        let mut config = VmConfig::default();
+        for n in 0..MAX_VIRTIO_DEVICES {
+            config.set_drive(drive(&format!("d{n}"), false)).unwrap();
+        }
+        assert!(matches!(config.set_drive(drive("more", false)), Err(ConfigError::TooManyDevices(_))));
+        config.set_drive(drive("d3", true)).unwrap();
+        assert_eq!(config.drives.len(), MAX_VIRTIO_DEVICES);
+    }
+
+    #[test]
+    fn machine_limits_hold_at_both_ends() {
+        let with = |vcpu_count, mem_size_mib, smt, huge_pages| {
+            MachineConfig { vcpu_count, mem_size_mib, smt, huge_pages, ..Default::default() }.checked()
+        };
+        for (vcpus, mem) in [(1, 1), (32, MAX_MEM_SIZE_MIB), (3, 129)] {
+            assert!(with(vcpus, mem, false, HugePages::None).is_ok());
+        }
+        assert_eq!(with(0, 128, false, HugePages::None), Err(ConfigError::VcpuCount(0)));
+        assert_eq!(with(33, 128, false, HugePages::None), Err(ConfigError::VcpuCount(33)));
+        assert_eq!(with(1, 0, false, HugePages::None), Err(ConfigError::MemSize(0)));
+        assert_eq!(with(1, u64::MAX, false, HugePages::None), Err(ConfigError::MemSize(u64::MAX)));
+        assert_eq!(with(3, 128, true, HugePages::None), Err(ConfigError::OddVcpuCount(3)));
+        assert!(with(1, 128, true, HugePages::None).is_ok());
+        assert_eq!(with(1, 129, false, HugePages::Size2M), Err(ConfigError::OddMemSize(129)));
+    }
+
+    #[test]
+    fn a_partition_uuid_cannot_smuggle_kernel_arguments() {
+        let with = |partuuid: &str| DriveConfig { partuuid: Some(partuuid.into()), ..drive("d", true) }.checked();
+        assert!(with("0eaa91a0-01").is_ok());
+        for bad in ["", "0eaa init=/bin/sh", "0eaa\"", "g"] {
+            assert!(matches!(with(bad), Err(ConfigError::PartUuid(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn boot_arguments_are_what_a_kernel_can_take() {
+        let with = |args: String| {
+            let (initrd_path, image_mapping) = (None, None);
+            BootSource { kernel_image_path: "k".into(), initrd_path, boot_args: Some(args), image_mapping }.checked()
+        };
+        assert!(with("x".repeat(MAX_CMDLINE)).is_ok());
+        assert_eq!(with("x".repeat(MAX_CMDLINE + 1)), Err(ConfigError::BootArgsLength(MAX_CMDLINE + 1)));
+        assert_eq!(with("a\0b".into()), Err(ConfigError::BootArgsCharacter('\0')));
+        assert_eq!(with("é".into()), Err(ConfigError::BootArgsCharacter('é')));
+    }
+
+    #[test]
+    fn a_rate_limiter_update_leaves_alone_what_it_does_not_name() {
+        let bucket = |size| TokenBucketConfig::new(size, 100, 0).unwrap();
+        let mut limits = RateLimiterConfig { bandwidth: Some(bucket(1)), ops: Some(bucket(2)) };
+        RateLimiterUpdate { bandwidth: BucketUpdate::Off, ops: BucketUpdate::Keep }.apply(&mut limits);
+        assert_eq!(limits, RateLimiterConfig { bandwidth: None, ops: Some(bucket(2)) });
+        RateLimiterUpdate { bandwidth: BucketUpdate::Set(bucket(3)), ops: BucketUpdate::Keep }.apply(&mut limits);
+        assert_eq!(limits, RateLimiterConfig { bandwidth: Some(bucket(3)), ops: Some(bucket(2)) });
+        assert_eq!(TokenBucketConfig::new(0, 100, 5), None);
+        assert_eq!(TokenBucketConfig::new(100, 0, 5), None);
+    }
 }

@@ -7,8 +7,15 @@
 //!
 //! The vmm thread answers every [`Request`] exactly once. A refused command changes nothing.
 
+use std::io;
+use std::sync::{Arc, mpsc};
+
+use tokio::sync::oneshot;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
 use crate::config::{
-    BootSource, DriveConfig, DriveUpdate, LoggerConfig, MachineConfig, MetricsConfig, SerialConfig, VmConfig,
+    BootSource, ConfigError, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig, MetricsConfig,
+    SerialConfig, VmConfig,
 };
 
 /// Where the microVM is in its life.
@@ -57,6 +64,37 @@ pub enum Command {
     Resume,
 }
 
+impl Command {
+    /// Whether the phase allows it.
+    ///
+    /// # Errors
+    /// The sentence the client reads.
+    pub fn permitted(&self, lifecycle: Lifecycle) -> Result<(), Refusal> {
+        let configuring = lifecycle == Lifecycle::Configuring;
+        match self {
+            Self::GetInstance | Self::GetConfig => Ok(()),
+            Self::SetBootSource(_)
+            | Self::SetMachine(_)
+            | Self::PatchMachine(_)
+            | Self::SetDrive(_)
+            | Self::SetSerial(_)
+            | Self::SetLogger(_)
+            | Self::SetMetrics(_)
+            | Self::Start
+                if !configuring =>
+            {
+                Err(Refusal("The requested operation is not supported after starting the microVM.".into()))
+            }
+            Self::UpdateDrive(_) | Self::FlushMetrics | Self::SendCtrlAltDel | Self::Pause | Self::Resume
+                if configuring =>
+            {
+                Err(Refusal("The requested operation is not supported before starting the microVM.".into()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A change to the machine configuration; what is `None` stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MachineUpdate {
@@ -69,7 +107,24 @@ pub struct MachineUpdate {
     /// See [`MachineConfig::track_dirty_pages`].
     pub track_dirty_pages: Option<bool>,
     /// See [`MachineConfig::huge_pages`].
-    pub huge_pages: Option<crate::config::HugePages>,
+    pub huge_pages: Option<HugePages>,
+}
+
+impl MachineUpdate {
+    /// `base` with the change.
+    ///
+    /// # Errors
+    /// The result would not be legal; nothing changed then.
+    pub fn apply(&self, base: &MachineConfig) -> Result<MachineConfig, ConfigError> {
+        MachineConfig {
+            vcpu_count: self.vcpu_count.unwrap_or(base.vcpu_count),
+            mem_size_mib: self.mem_size_mib.unwrap_or(base.mem_size_mib),
+            smt: self.smt.unwrap_or(base.smt),
+            track_dirty_pages: self.track_dirty_pages.unwrap_or(base.track_dirty_pages),
+            huge_pages: self.huge_pages.unwrap_or(base.huge_pages),
+        }
+        .checked()
+    }
 }
 
 /// What a command that succeeded brings back.
@@ -93,6 +148,12 @@ pub enum Reply {
 #[error("{0}")]
 pub struct Refusal(pub String);
 
+impl From<ConfigError> for Refusal {
+    fn from(error: ConfigError) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// The one answer to a command.
 pub type Answer = Result<Reply, Refusal>;
 
@@ -102,7 +163,62 @@ pub struct Request {
     /// What to do.
     pub command: Command,
     /// Where the answer goes; a client that went away is no error.
-    pub reply: tokio::sync::oneshot::Sender<Answer>,
+    pub reply: oneshot::Sender<Answer>,
+}
+
+/// The API thread's end of the channel of commands.
+#[derive(Debug, Clone)]
+pub struct CommandSender {
+    requests: mpsc::Sender<Request>,
+    wake: Arc<EventFd>,
+}
+
+/// The vmm thread's end of the channel of commands.
+#[derive(Debug)]
+pub struct CommandReceiver {
+    requests: mpsc::Receiver<Request>,
+    wake: Arc<EventFd>,
+}
+
+/// The vmm thread is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("The VMM is shutting down.")]
+pub struct Gone;
+
+/// A channel of commands.
+///
+/// # Errors
+/// No eventfd could be made.
+pub fn channel() -> io::Result<(CommandSender, CommandReceiver)> {
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    let (sender, requests) = mpsc::channel();
+    Ok((CommandSender { requests: sender, wake: Arc::clone(&wake) }, CommandReceiver { requests, wake }))
+}
+
+impl CommandSender {
+    /// Sends a command and wakes the vmm thread; the answer comes out of what is returned.
+    ///
+    /// # Errors
+    /// Nobody will answer.
+    pub fn send(&self, command: Command) -> Result<oneshot::Receiver<Answer>, Gone> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request { command, reply }).map_err(|_| Gone)?;
+        // It fails only if the counter would overflow: then the thread is being woken anyway.
+        let _ = self.wake.write(1);
+        Ok(answer)
+    }
+}
+
+impl CommandReceiver {
+    /// Readable when commands may be waiting.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The next command, if there is one. Call it until there is none, after reading [`Self::wake`].
+    pub fn next(&self) -> Option<Request> {
+        self.requests.try_recv().ok()
+    }
 }
 
 /// A lifecycle change, as `GET /events` tells it.
@@ -121,4 +237,69 @@ pub enum Event {
         /// A sentence a person can act on.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn commands() -> Vec<(Command, &'static str)> {
+        let drive_update = DriveUpdate { drive_id: "d".into(), path_on_host: None, rate_limiter: None };
+        vec![
+            (Command::GetInstance, "BA"),
+            (Command::GetConfig, "BA"),
+            (Command::SetMachine(MachineConfig::default()), "B"),
+            (Command::PatchMachine(MachineUpdate::default()), "B"),
+            (Command::SetSerial(SerialConfig::default()), "B"),
+            (Command::SetLogger(LoggerConfig::default()), "B"),
+            (Command::SetMetrics(MetricsConfig::default()), "B"),
+            (Command::Start, "B"),
+            (Command::UpdateDrive(drive_update), "A"),
+            (Command::FlushMetrics, "A"),
+            (Command::SendCtrlAltDel, "A"),
+            (Command::Pause, "A"),
+            (Command::Resume, "A"),
+        ]
+    }
+
+    #[test]
+    fn a_command_out_of_phase_is_told_so_in_the_documented_words() {
+        for (command, phases) in commands() {
+            let before = command.permitted(Lifecycle::Configuring);
+            assert_eq!(before.is_ok(), phases.contains('B'), "{command:?}");
+            if let Err(Refusal(text)) = before {
+                assert_eq!(text, "The requested operation is not supported before starting the microVM.");
+            }
+            for lifecycle in [Lifecycle::Running, Lifecycle::Paused] {
+                let after = command.permitted(lifecycle);
+                assert_eq!(after.is_ok(), phases.contains('A'), "{command:?}");
+                if let Err(Refusal(text)) = after {
+                    assert_eq!(text, "The requested operation is not supported after starting the microVM.");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_patch_changes_what_it_names_or_nothing() {
+        let base = MachineConfig { vcpu_count: 2, smt: true, ..Default::default() };
+        let patched = MachineUpdate { mem_size_mib: Some(256), ..Default::default() }.apply(&base).unwrap();
+        assert_eq!(patched, MachineConfig { mem_size_mib: 256, ..base.clone() });
+        let odd = MachineUpdate { mem_size_mib: Some(512), vcpu_count: Some(3), ..Default::default() };
+        assert_eq!(odd.apply(&base), Err(ConfigError::OddVcpuCount(3)));
+    }
+
+    #[test]
+    fn a_command_wakes_the_vmm_thread_and_its_answer_comes_back() {
+        let (sender, receiver) = channel().unwrap();
+        let mut answer = sender.send(Command::Pause).unwrap();
+        assert_eq!(receiver.wake().read().unwrap(), 1);
+        let request = receiver.next().unwrap();
+        assert!(matches!(request.command, Command::Pause));
+        request.reply.send(Ok(Reply::Done)).unwrap();
+        assert!(matches!(answer.try_recv(), Ok(Ok(Reply::Done))));
+        assert!(receiver.next().is_none());
+        drop(receiver);
+        assert_eq!(sender.send(Command::Resume).unwrap_err(), Gone);
+    }
 }

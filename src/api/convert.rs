@@ -1,0 +1,307 @@
+//! Wire types to configuration types, once and fallibly; and back for what GET answers.
+
+use super::types;
+use crate::config::{self, ConfigError};
+use crate::control::{Lifecycle, MachineUpdate};
+
+/// Conversions between two enums of the same variants.
+macro_rules! same_variants {
+    ($($name:ident { $($variant:ident),+ })+) => { $(
+        impl From<types::$name> for config::$name {
+            fn from(value: types::$name) -> Self {
+                match value { $(types::$name::$variant => Self::$variant),+ }
+            }
+        }
+        impl From<config::$name> for types::$name {
+            fn from(value: config::$name) -> Self {
+                match value { $(config::$name::$variant => Self::$variant),+ }
+            }
+        }
+    )+ };
+}
+
+same_variants! {
+    HugePages { None, Transparent, Size2M }
+    ImageMapping { Shared, Private }
+    CacheType { Unsafe, Writeback }
+    IoEngine { Sync, Async }
+}
+
+/// Only the template `None` is available.
+fn check_template(template: Option<types::CpuTemplate>) -> Result<(), ConfigError> {
+    match template {
+        None | Some(types::CpuTemplate::None) => Ok(()),
+        Some(template) => Err(ConfigError::CpuTemplate(format!("{template:?}"))),
+    }
+}
+
+impl TryFrom<types::MachineConfiguration> for config::MachineConfig {
+    type Error = ConfigError;
+
+    fn try_from(body: types::MachineConfiguration) -> Result<Self, ConfigError> {
+        check_template(body.cpu_template)?;
+        Self {
+            vcpu_count: body.vcpu_count,
+            mem_size_mib: body.mem_size_mib,
+            smt: body.smt,
+            track_dirty_pages: body.track_dirty_pages,
+            huge_pages: body.huge_pages.into(),
+        }
+        .checked()
+    }
+}
+
+impl From<&config::MachineConfig> for types::MachineConfiguration {
+    fn from(machine: &config::MachineConfig) -> Self {
+        Self {
+            vcpu_count: machine.vcpu_count,
+            mem_size_mib: machine.mem_size_mib,
+            smt: machine.smt,
+            track_dirty_pages: machine.track_dirty_pages,
+            huge_pages: machine.huge_pages.into(),
+            cpu_template: None,
+        }
+    }
+}
+
+impl TryFrom<types::MachineConfigurationUpdate> for MachineUpdate {
+    type Error = ConfigError;
+
+    fn try_from(body: types::MachineConfigurationUpdate) -> Result<Self, ConfigError> {
+        check_template(body.cpu_template)?;
+        let update = Self {
+            vcpu_count: body.vcpu_count,
+            mem_size_mib: body.mem_size_mib,
+            smt: body.smt,
+            track_dirty_pages: body.track_dirty_pages,
+            huge_pages: body.huge_pages.map(Into::into),
+        };
+        if update == Self::default() && body.cpu_template.is_none() {
+            return Err(ConfigError::EmptyUpdate("name at least one field of the machine configuration"));
+        }
+        Ok(update)
+    }
+}
+
+impl TryFrom<types::BootSource> for config::BootSource {
+    type Error = ConfigError;
+
+    fn try_from(body: types::BootSource) -> Result<Self, ConfigError> {
+        Self {
+            kernel_image_path: body.kernel_image_path,
+            initrd_path: body.initrd_path,
+            boot_args: body.boot_args,
+            image_mapping: body.image_mapping.map(Into::into),
+        }
+        .checked()
+    }
+}
+
+impl From<&config::BootSource> for types::BootSource {
+    fn from(source: &config::BootSource) -> Self {
+        Self {
+            kernel_image_path: source.kernel_image_path.clone(),
+            initrd_path: source.initrd_path.clone(),
+            boot_args: source.boot_args.clone(),
+            image_mapping: source.image_mapping.map(Into::into),
+        }
+    }
+}
+
+fn bucket(bucket: types::TokenBucket) -> Option<config::TokenBucketConfig> {
+    config::TokenBucketConfig::new(bucket.size, bucket.refill_time, bucket.one_time_burst.unwrap_or(0))
+}
+
+fn bucket_update(bucket_update: Option<types::TokenBucket>) -> config::BucketUpdate {
+    match bucket_update.map(bucket) {
+        None => config::BucketUpdate::Keep,
+        Some(None) => config::BucketUpdate::Off,
+        Some(Some(config)) => config::BucketUpdate::Set(config),
+    }
+}
+
+impl From<types::RateLimiter> for config::RateLimiterConfig {
+    fn from(body: types::RateLimiter) -> Self {
+        Self { bandwidth: body.bandwidth.and_then(bucket), ops: body.ops.and_then(bucket) }
+    }
+}
+
+impl From<types::RateLimiter> for config::RateLimiterUpdate {
+    fn from(body: types::RateLimiter) -> Self {
+        Self { bandwidth: bucket_update(body.bandwidth), ops: bucket_update(body.ops) }
+    }
+}
+
+impl From<config::TokenBucketConfig> for types::TokenBucket {
+    fn from(bucket: config::TokenBucketConfig) -> Self {
+        let one_time_burst = Some(bucket.one_time_burst).filter(|&burst| burst != 0);
+        Self { size: bucket.size, one_time_burst, refill_time: bucket.refill_time_ms }
+    }
+}
+
+fn limiter(limits: config::RateLimiterConfig) -> Option<types::RateLimiter> {
+    (limits != config::RateLimiterConfig::default())
+        .then(|| types::RateLimiter { bandwidth: limits.bandwidth.map(Into::into), ops: limits.ops.map(Into::into) })
+}
+
+impl TryFrom<types::Drive> for config::DriveConfig {
+    type Error = ConfigError;
+
+    fn try_from(body: types::Drive) -> Result<Self, ConfigError> {
+        if body.socket.present {
+            return Err(ConfigError::Unavailable("socket: vhost-user drives are not supported; use path_on_host"));
+        }
+        if body.overlay.present {
+            return Err(ConfigError::Unavailable("overlay is not available in this release; leave it out"));
+        }
+        Self {
+            drive_id: body.drive_id,
+            is_root_device: body.is_root_device,
+            path_on_host: body.path_on_host.unwrap_or_default(),
+            is_read_only: body.is_read_only.unwrap_or(false),
+            partuuid: body.partuuid,
+            cache_type: body.cache_type.into(),
+            io_engine: body.io_engine.unwrap_or_default().into(),
+            rate_limiter: body.rate_limiter.unwrap_or_default().into(),
+            discard: body.discard.unwrap_or(false),
+        }
+        .checked()
+    }
+}
+
+impl From<&config::DriveConfig> for types::Drive {
+    fn from(drive: &config::DriveConfig) -> Self {
+        Self {
+            drive_id: drive.drive_id.clone(),
+            is_root_device: drive.is_root_device,
+            path_on_host: Some(drive.path_on_host.clone()),
+            is_read_only: Some(drive.is_read_only),
+            partuuid: drive.partuuid.clone(),
+            cache_type: drive.cache_type.into(),
+            io_engine: Some(drive.io_engine.into()),
+            rate_limiter: limiter(drive.rate_limiter),
+            discard: drive.discard.then_some(true),
+            socket: types::Unavailable::default(),
+            overlay: types::Unavailable::default(),
+        }
+    }
+}
+
+impl TryFrom<types::PartialDrive> for config::DriveUpdate {
+    type Error = ConfigError;
+
+    fn try_from(body: types::PartialDrive) -> Result<Self, ConfigError> {
+        Self {
+            drive_id: body.drive_id,
+            path_on_host: body.path_on_host,
+            rate_limiter: body.rate_limiter.map(Into::into),
+        }
+        .checked()
+    }
+}
+
+impl From<types::SerialDevice> for config::SerialConfig {
+    fn from(body: types::SerialDevice) -> Self {
+        Self { serial_out_path: body.serial_out_path, rate_limiter: body.rate_limiter.and_then(bucket) }
+    }
+}
+
+impl From<&config::SerialConfig> for types::SerialDevice {
+    fn from(serial: &config::SerialConfig) -> Self {
+        Self { serial_out_path: serial.serial_out_path.clone(), rate_limiter: serial.rate_limiter.map(Into::into) }
+    }
+}
+
+impl From<types::LogLevel> for log::LevelFilter {
+    fn from(level: types::LogLevel) -> Self {
+        match level {
+            types::LogLevel::Off => Self::Off,
+            types::LogLevel::Error => Self::Error,
+            types::LogLevel::Warning => Self::Warn,
+            types::LogLevel::Info => Self::Info,
+            types::LogLevel::Debug => Self::Debug,
+            types::LogLevel::Trace => Self::Trace,
+        }
+    }
+}
+
+impl From<log::LevelFilter> for types::LogLevel {
+    fn from(level: log::LevelFilter) -> Self {
+        match level {
+            log::LevelFilter::Off => Self::Off,
+            log::LevelFilter::Error => Self::Error,
+            log::LevelFilter::Warn => Self::Warning,
+            log::LevelFilter::Info => Self::Info,
+            log::LevelFilter::Debug => Self::Debug,
+            log::LevelFilter::Trace => Self::Trace,
+        }
+    }
+}
+
+impl From<types::Logger> for config::LoggerConfig {
+    fn from(body: types::Logger) -> Self {
+        Self {
+            log_path: body.log_path,
+            level: body.level.map(Into::into),
+            show_level: body.show_level,
+            show_log_origin: body.show_log_origin,
+            module: body.module,
+        }
+    }
+}
+
+impl From<&config::LoggerConfig> for types::Logger {
+    fn from(logger: &config::LoggerConfig) -> Self {
+        Self {
+            log_path: logger.log_path.clone(),
+            level: logger.level.map(Into::into),
+            show_level: logger.show_level,
+            show_log_origin: logger.show_log_origin,
+            module: logger.module.clone(),
+        }
+    }
+}
+
+impl From<types::Metrics> for config::MetricsConfig {
+    fn from(body: types::Metrics) -> Self {
+        Self {
+            metrics_path: body.metrics_path,
+            emit_id: body.emit_id,
+            properties: body.properties.into_iter().collect(),
+        }
+    }
+}
+
+impl From<&config::MetricsConfig> for types::Metrics {
+    fn from(metrics: &config::MetricsConfig) -> Self {
+        Self {
+            metrics_path: metrics.metrics_path.clone(),
+            emit_id: metrics.emit_id,
+            properties: metrics.properties.iter().cloned().collect(),
+        }
+    }
+}
+
+impl From<&config::VmConfig> for types::FullVmConfiguration {
+    fn from(config: &config::VmConfig) -> Self {
+        Self {
+            boot_source: config.boot_source.as_ref().map(Into::into),
+            machine_config: Some((&config.machine).into()),
+            drives: config.drives.iter().map(Into::into).collect(),
+            serial: config.serial.as_ref().map(Into::into),
+            logger: config.logger.as_ref().map(Into::into),
+            metrics: config.metrics.as_ref().map(Into::into),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<Lifecycle> for types::InstanceState {
+    fn from(state: Lifecycle) -> Self {
+        match state {
+            Lifecycle::Configuring => Self::NotStarted,
+            Lifecycle::Running => Self::Running,
+            Lifecycle::Paused => Self::Paused,
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! The API thread: HTTP/1.1 on a listening Unix socket.
+//!
+//! One current-thread runtime. A connection takes requests one after another (keep-alive,
+//! pipelining); each becomes one command to the vmm thread and waits for its one answer. The
+//! thread ends when nobody can send events any more: it lets the replies under way and the last
+//! event out, then closes.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use http_body_util::BodyExt;
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::error::ApiError;
+use super::routes::{self, Action, Ask};
+use super::types;
+use crate::control::{Command, CommandSender, Event, Gone};
+use crate::metrics::{self, METRICS};
+use crate::warn_limited;
+
+/// What clients may take.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bytes of a request's body (`--http-api-max-payload-size`).
+    pub max_payload: usize,
+    /// Connections served at once; further ones are told 503.
+    pub connections: usize,
+    /// How long a client may take to send a request's head, and a connection be idle.
+    pub head_timeout: Duration,
+    /// How long a client may take to send a request's body.
+    pub body_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_payload: 51_200,
+            connections: 10,
+            head_timeout: Duration::from_secs(60),
+            body_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Memory for the head of a request, and so the longest one, in bytes.
+const HEAD_BUFFER: usize = 16 << 10;
+/// Connections that are being told that there are too many; yet more wait to be accepted.
+const TURNED_AWAY: usize = 4;
+/// How long turning a connection away may take.
+const TURN_AWAY_TIMEOUT: Duration = Duration::from_secs(1);
+/// How much of an oversized body is read and dropped, so that its sender reads the refusal.
+const DRAIN: usize = 1 << 20;
+/// How long replies under way may take when the thread ends.
+const GRACE: Duration = Duration::from_millis(100);
+/// Stack of the API thread in bytes.
+const STACK: usize = 256 << 10;
+
+const OPENAPI: &str = include_str!("../../resources/openapi.yaml");
+
+struct Server {
+    limits: Limits,
+    to_vmm: CommandSender,
+    events: broadcast::Receiver<Event>,
+}
+
+/// Starts the API thread. It ends when the sender of `events` is dropped.
+///
+/// # Errors
+/// No runtime or thread could be made.
+pub fn spawn(
+    listener: StdUnixListener,
+    limits: Limits,
+    to_vmm: CommandSender,
+    events: broadcast::Receiver<Event>,
+) -> io::Result<JoinHandle<()>> {
+    listener.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let listener = {
+        let _context = runtime.enter();
+        UnixListener::from_std(listener)?
+    };
+    let ended = events.resubscribe();
+    let server = Arc::new(Server { limits, to_vmm, events });
+    std::thread::Builder::new()
+        .name("api".into())
+        .stack_size(STACK)
+        .spawn(move || runtime.block_on(serve(&listener, &server, ended)))
+}
+
+/// What came first.
+enum First<A, B> {
+    Left(A),
+    Right(B),
+}
+
+async fn first<A, B>(left: impl Future<Output = A>, right: impl Future<Output = B>) -> First<A, B> {
+    let (mut left, mut right) = (pin!(left), pin!(right));
+    std::future::poll_fn(|context| {
+        if let Poll::Ready(output) = left.as_mut().poll(context) {
+            return Poll::Ready(First::Left(output));
+        }
+        right.as_mut().poll(context).map(First::Right)
+    })
+    .await
+}
+
+async fn serve(listener: &UnixListener, server: &Arc<Server>, mut events: broadcast::Receiver<Event>) {
+    let (stop, stopped) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut ended = pin!(async { while !matches!(events.recv().await, Err(RecvError::Closed)) {} });
+    loop {
+        let accepted = match first(ended.as_mut(), accept(listener, &mut connections, server)).await {
+            First::Left(()) => break,
+            First::Right(accepted) => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                let busy = connections.len() >= server.limits.connections;
+                connections.spawn(connection(Arc::clone(server), stream, busy, stopped.clone()));
+            }
+            Err(error) => {
+                warn_limited!("cannot accept an API connection: {error}");
+                // Most likely there are no descriptors left: trying again at once would spin.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    drop(stop);
+    let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+}
+
+/// The next connection, once there is a place for it.
+async fn accept(listener: &UnixListener, connections: &mut JoinSet<()>, server: &Server) -> io::Result<UnixStream> {
+    while connections.len() >= server.limits.connections + TURNED_AWAY {
+        connections.join_next().await;
+    }
+    let (stream, _) = listener.accept().await?;
+    while connections.try_join_next().is_some() {}
+    Ok(stream)
+}
+
+async fn connection(server: Arc<Server>, stream: UnixStream, busy: bool, mut stop: watch::Receiver<()>) {
+    let service = service_fn(|request| {
+        let server = Arc::clone(&server);
+        async move { Ok::<_, Infallible>(if busy { turn_away() } else { server.answer(request).await }) }
+    });
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(if busy { TURN_AWAY_TIMEOUT } else { server.limits.head_timeout })
+        .max_buf_size(HEAD_BUFFER)
+        .keep_alive(!busy)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut serving = pin!(serving);
+    // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
+    if let First::Left(_) = first(stop.changed(), serving.as_mut()).await {
+        serving.as_mut().graceful_shutdown();
+        let _ = serving.await;
+    }
+}
+
+fn turn_away() -> Response<Reply> {
+    METRICS.api_server.connections_refused.inc();
+    let message = "Too many connections are open; close one and try again.".to_owned();
+    refuse(&ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message))
+}
+
+impl Server {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Reply> {
+        let (head, body) = request.into_parts();
+        let (method, path) = (&head.method, head.uri.path());
+        let answered = async {
+            let body = self.read(body).await?;
+            match routes::route(method, path, &body)? {
+                Action::Ask(ask) => self.ask(ask).await,
+                Action::Version => Ok(data("application/json", routes::version())),
+                Action::Metrics => Ok(data(metrics::OPENMETRICS_TYPE, metrics::openmetrics().into())),
+                Action::OpenApi => Ok(reply("application/yaml", Reply::Whole(Bytes::from_static(OPENAPI.as_bytes())))),
+                Action::Events => Ok(reply("text/event-stream", Reply::Events(Events::new(self.events.resubscribe())))),
+            }
+        };
+        match answered.await {
+            Ok(response) => {
+                log::debug!("{method} {path}: {}", response.status().as_u16());
+                response
+            }
+            Err(error) => {
+                warn_limited!("{method} {path}: {} {error}", error.status().as_u16());
+                refuse(&error)
+            }
+        }
+    }
+
+    /// Sends a command and waits for its answer.
+    async fn ask(&self, ask: Ask) -> Result<Response<Reply>, ApiError> {
+        let start = Instant::now();
+        let latency = match ask.command {
+            Command::Pause => Some(&METRICS.latencies_us.pause_vm),
+            Command::Resume => Some(&METRICS.latencies_us.resume_vm),
+            _ => None,
+        };
+        let answer = self.to_vmm.send(ask.command)?.await.map_err(|_| Gone)?;
+        let answer = answer.inspect_err(|_| _ = ask.refusals.inspect(|counter| counter.inc()))?;
+        if let Some(latency) = latency {
+            latency.set(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
+        }
+        let mut response = match routes::show(&answer, ask.view) {
+            Some(json) => data("application/json", json),
+            None => {
+                let mut done = Response::new(Reply::Whole(Bytes::new()));
+                *done.status_mut() = StatusCode::NO_CONTENT;
+                done
+            }
+        };
+        if ask.deprecated {
+            METRICS.deprecated_api.deprecated_http_api_calls.inc();
+            let deprecation = (HeaderName::from_static("deprecation"), HeaderValue::from_static("true"));
+            response.headers_mut().insert(deprecation.0, deprecation.1);
+        }
+        Ok(response)
+    }
+
+    /// The body of a request.
+    async fn read(&self, body: Incoming) -> Result<Vec<u8>, ApiError> {
+        if body.is_end_stream() {
+            return Ok(Vec::new());
+        }
+        let seconds = self.limits.body_timeout.as_secs();
+        timeout(self.limits.body_timeout, collect(body, self.limits.max_payload)).await.map_err(|_| {
+            ApiError::bad_request(format!(
+                "The request's body did not arrive within {seconds} seconds; send all of it."
+            ))
+        })?
+    }
+}
+
+async fn collect(mut body: Incoming, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::new();
+    let mut read = 0;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| ApiError::bad_request(format!("The request's body is broken: {error}.")))?;
+        let chunk = frame.into_data().unwrap_or_default();
+        read += chunk.len();
+        if read <= limit {
+            bytes.extend_from_slice(&chunk);
+        } else if read > limit.saturating_add(DRAIN) {
+            break;
+        }
+    }
+    if read <= limit {
+        return Ok(bytes);
+    }
+    Err(ApiError::bad_request(format!(
+        "The request's body is larger than {limit} bytes; send less or start with a larger --http-api-max-payload-size."
+    )))
+}
+
+fn reply(content_type: &'static str, body: Reply) -> Response<Reply> {
+    let mut response = Response::new(body);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+fn data(content_type: &'static str, body: Vec<u8>) -> Response<Reply> {
+    reply(content_type, Reply::Whole(body.into()))
+}
+
+fn refuse(error: &ApiError) -> Response<Reply> {
+    let mut response = data("application/json", error.body());
+    *response.status_mut() = error.status();
+    response
+}
+
+/// The body of a reply.
+enum Reply {
+    /// All there is; empty once it was sent.
+    Whole(Bytes),
+    /// Lifecycle changes as they come.
+    Events(Events),
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Self::Events(events) => events.poll(context).map(|message| message.map(|text| Ok(Frame::data(text)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Whole(bytes) if bytes.is_empty())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Events(_) => SizeHint::default(),
+        }
+    }
+}
+
+type Received = (broadcast::Receiver<Event>, Result<Event, RecvError>);
+
+/// Server-sent events (WHATWG HTML §9.2): the next one being waited for, `None` after the last.
+/// One that a client is too slow for is lost to it.
+struct Events(Option<Pin<Box<dyn Future<Output = Received> + Send>>>);
+
+impl Events {
+    fn new(mut events: broadcast::Receiver<Event>) -> Self {
+        Self(Some(Box::pin(async move {
+            let event = events.recv().await;
+            (events, event)
+        })))
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        while let Some(next) = &mut self.0 {
+            let Poll::Ready((events, event)) = next.as_mut().poll(context) else { return Poll::Pending };
+            match event {
+                Ok(event) => {
+                    *self = Self::new(events);
+                    return Poll::Ready(Some(message(event)));
+                }
+                Err(RecvError::Lagged(_)) => *self = Self::new(events),
+                Err(RecvError::Closed) => self.0 = None,
+            }
+        }
+        Poll::Ready(None)
+    }
+}
+
+fn message(event: Event) -> Bytes {
+    let (name, state, status, reason) = match event {
+        Event::Started => ("started", types::EventState::Running, None, None),
+        Event::Paused => ("paused", types::EventState::Paused, None, None),
+        Event::Resumed => ("resumed", types::EventState::Running, None, None),
+        Event::Exited { status, reason } => ("exited", types::EventState::Exited, Some(status), Some(reason)),
+    };
+    let event = types::LifecycleEvent { state, status, reason };
+    let json = serde_json::to_string(&event).unwrap_or_default();
+    format!("event: {name}\ndata: {json}\n\n").into()
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

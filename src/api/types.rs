@@ -1,0 +1,446 @@
+//! What goes over the wire: one type per schema of `resources/openapi.yaml`, serde only.
+//!
+//! Every type refuses fields it does not know. Nothing here is checked beyond its JSON type;
+//! `convert` turns it into the configuration types, which are.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::de::{Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
+use serde::ser::{SerializeSeq, Serializer};
+use serde::{Deserialize, Serialize};
+
+/// The body of every refusal.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Error {
+    /// One sentence that names the field or path and says what to do.
+    pub fault_message: String,
+}
+
+/// GET /.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceInfo {
+    /// `--id`.
+    pub id: String,
+    /// Where it is in its life.
+    pub state: InstanceState,
+    /// This release.
+    pub vmm_version: String,
+    /// This program.
+    pub app_name: String,
+}
+
+/// See [`InstanceInfo::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InstanceState {
+    /// Being configured.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// vCPUs run.
+    Running,
+    /// vCPUs are parked.
+    Paused,
+}
+
+/// GET /version.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Version {
+    /// The API version this release is compatible with.
+    pub firecracker_version: String,
+    /// This release.
+    pub vesicle_version: String,
+}
+
+/// PUT /actions.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceAction {
+    /// What to do.
+    pub action_type: ActionType,
+}
+
+/// See [`InstanceAction::action_type`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ActionType {
+    /// Write the metrics now.
+    FlushMetrics,
+    /// Build the machine and run it.
+    InstanceStart,
+    /// Press the keys.
+    SendCtrlAltDel,
+}
+
+/// PATCH /vm.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// The state to reach.
+    pub state: VmState,
+}
+
+/// See [`Vm::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Park the vCPUs.
+    Paused,
+    /// Run them again.
+    Resumed,
+}
+
+/// PUT /boot-source.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// An ELF vmlinux or a bzImage.
+    pub kernel_image_path: PathBuf,
+    /// An initial RAM disk.
+    pub initrd_path: Option<PathBuf>,
+    /// Kernel arguments.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+    /// Map the images or copy them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_mapping: Option<ImageMapping>,
+}
+
+/// See [`BootSource::image_mapping`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageMapping {
+    /// Mapped from the file, copy-on-write.
+    Shared,
+    /// Copied.
+    Private,
+}
+
+/// GET and PUT /machine-config.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfiguration {
+    /// 1 to 32.
+    pub vcpu_count: u8,
+    /// Guest RAM in MiB.
+    pub mem_size_mib: u64,
+    /// Two threads per core.
+    #[serde(default)]
+    pub smt: bool,
+    /// Keep a record of the pages the guest writes.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Backing of guest RAM.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+    /// Deprecated; only `None` is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+}
+
+/// PATCH /machine-config.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigurationUpdate {
+    /// See [`MachineConfiguration`].
+    pub vcpu_count: Option<u8>,
+    /// See [`MachineConfiguration`].
+    pub mem_size_mib: Option<u64>,
+    /// See [`MachineConfiguration`].
+    pub smt: Option<bool>,
+    /// See [`MachineConfiguration`].
+    pub track_dirty_pages: Option<bool>,
+    /// See [`MachineConfiguration`].
+    pub huge_pages: Option<HugePages>,
+    /// See [`MachineConfiguration`].
+    pub cpu_template: Option<CpuTemplate>,
+}
+
+/// See [`MachineConfiguration::huge_pages`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum HugePages {
+    /// Base pages.
+    #[default]
+    None,
+    /// `MADV_HUGEPAGE`.
+    Transparent,
+    /// 2 MiB pages from hugetlbfs.
+    #[serde(rename = "2M")]
+    Size2M,
+}
+
+/// See [`MachineConfiguration::cpu_template`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "names of instance types")]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    None,
+}
+
+/// PUT /drives/{drive_id}.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Resource id.
+    pub drive_id: String,
+    /// Boot from it.
+    pub is_root_device: bool,
+    /// A raw image or a block device.
+    pub path_on_host: Option<PathBuf>,
+    /// The guest cannot write.
+    pub is_read_only: Option<bool>,
+    /// Boot from this partition.
+    pub partuuid: Option<String>,
+    /// Meaning of FLUSH.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// Sync or Async.
+    pub io_engine: Option<IoEngine>,
+    /// Limits.
+    pub rate_limiter: Option<RateLimiter>,
+    /// Offer discard and write-zeroes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discard: Option<bool>,
+    /// Outside the scope: a vhost-user backend. Only null is accepted.
+    #[serde(default)]
+    pub socket: Unavailable,
+    /// Not in this release. Only null is accepted.
+    #[serde(default, skip_serializing)]
+    pub overlay: Unavailable,
+}
+
+/// See [`Drive::cache_type`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum CacheType {
+    /// FLUSH is not offered.
+    #[default]
+    Unsafe,
+    /// FLUSH reaches the disk.
+    Writeback,
+}
+
+/// See [`Drive::io_engine`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// System calls on the vmm thread.
+    #[default]
+    Sync,
+    /// io_uring.
+    Async,
+}
+
+/// PATCH /drives/{drive_id}.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartialDrive {
+    /// Which drive.
+    pub drive_id: String,
+    /// Reopen with this file.
+    pub path_on_host: Option<PathBuf>,
+    /// New limits; a bucket that is left out stays.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// Limits of a device.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Tokens are bytes.
+    pub bandwidth: Option<TokenBucket>,
+    /// Tokens are operations.
+    pub ops: Option<TokenBucket>,
+}
+
+/// A bucket; a size or refill time of 0 means no limit.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Capacity in tokens.
+    pub size: u64,
+    /// Extra tokens, never refilled.
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds to refill an empty bucket.
+    pub refill_time: u64,
+}
+
+/// PUT /serial.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialDevice {
+    /// A file or FIFO.
+    pub serial_out_path: Option<PathBuf>,
+    /// Bytes over the limit are dropped.
+    pub rate_limiter: Option<TokenBucket>,
+}
+
+/// PUT /logger.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// A file or FIFO.
+    pub log_path: Option<PathBuf>,
+    /// Least severe level that is written.
+    pub level: Option<LogLevel>,
+    /// Write the level.
+    pub show_level: Option<bool>,
+    /// Write file and line.
+    pub show_log_origin: Option<bool>,
+    /// Only records whose module path starts so.
+    pub module: Option<String>,
+}
+
+/// See [`Logger::level`]; read in any letter case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names of the log crate")]
+pub enum LogLevel {
+    Off,
+    Error,
+    Warning,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    /// The level of that name, in any letter case; `Warn` is `Warning`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let levels = [
+            ("off", Self::Off),
+            ("error", Self::Error),
+            ("warning", Self::Warning),
+            ("warn", Self::Warning),
+            ("info", Self::Info),
+            ("debug", Self::Debug),
+            ("trace", Self::Trace),
+        ];
+        levels.into_iter().find(|(known, _)| name.eq_ignore_ascii_case(known)).map(|(_, level)| level)
+    }
+}
+
+impl<'de> Deserialize<'de> for LogLevel {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Self::from_name(&name)
+            .ok_or_else(|| D::Error::unknown_variant(&name, &["Off", "Error", "Warning", "Info", "Debug", "Trace"]))
+    }
+}
+
+/// PUT /metrics.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// A file or FIFO.
+    pub metrics_path: PathBuf,
+    /// Put the instance id in every line.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Put these in every line.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub properties: BTreeMap<String, String>,
+}
+
+/// GET /vm/config and `--config-file`: the endpoints' bodies under their names.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct FullVmConfiguration {
+    /// PUT /boot-source.
+    pub boot_source: Option<BootSource>,
+    /// PUT /machine-config.
+    pub machine_config: Option<MachineConfiguration>,
+    /// PUT /drives, each.
+    pub drives: Vec<Drive>,
+    /// PUT /serial.
+    pub serial: Option<SerialDevice>,
+    /// PUT /logger.
+    pub logger: Option<Logger>,
+    /// PUT /metrics.
+    pub metrics: Option<Metrics>,
+    /// Not in this release.
+    pub cpu_config: Unavailable,
+    /// Not in this release.
+    pub network_interfaces: UnavailableList,
+    /// Not in this release.
+    pub vsock: Unavailable,
+    /// Not in this release.
+    pub mmds_config: Unavailable,
+    /// Outside the scope.
+    pub balloon: Unavailable,
+    /// Outside the scope.
+    pub entropy: Unavailable,
+    /// Outside the scope.
+    pub pmem: UnavailableList,
+    /// Outside the scope.
+    pub memory_hotplug: Unavailable,
+}
+
+/// The data of a GET /events message.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LifecycleEvent {
+    /// The state that was reached.
+    pub state: EventState,
+    /// Exit status of the process, once it exits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u8>,
+    /// Why it exits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// See [`LifecycleEvent::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EventState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are parked.
+    Paused,
+    /// The end.
+    Exited,
+}
+
+/// A field that is known but cannot be used: null, or something (which is not looked at).
+pub type Unavailable = Placeholder<false>;
+/// The same where the empty value is an empty list.
+pub type UnavailableList = Placeholder<true>;
+
+/// See [`Unavailable`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Placeholder<const LIST: bool> {
+    /// There is a value other than null and the empty list.
+    pub present: bool,
+}
+
+impl<const LIST: bool> Serialize for Placeholder<LIST> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if LIST { serializer.serialize_seq(Some(0))?.end() } else { serializer.serialize_none() }
+    }
+}
+
+impl<'de, const LIST: bool> Deserialize<'de> for Placeholder<LIST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Reads a list, which may be empty; the rest is left to [`IgnoredAny`].
+        struct IsPresent;
+        impl<'de> Visitor<'de> for IsPresent {
+            type Value = bool;
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a list")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<bool, A::Error> {
+                let mut present = false;
+                while list.next_element::<IgnoredAny>()?.is_some() {
+                    present = true;
+                }
+                Ok(present)
+            }
+        }
+        let present = match LIST {
+            true => deserializer.deserialize_seq(IsPresent)?,
+            false => Option::<IgnoredAny>::deserialize(deserializer)?.is_some(),
+        };
+        Ok(Self { present })
+    }
+}
