@@ -22,12 +22,12 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueState};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{
     Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Progress, Source, Violation, VirtioDevice,
+    Virtqueue,
 };
 use crate::memory::GuestMemory;
 use crate::warn_limited;
@@ -150,10 +150,17 @@ impl VirtioMmio {
         self.on_event(KICK);
     }
 
-    /// Changes the device while it is kept from working (vmm thread). If `change` reports a changed
+    /// Changes the device while nothing is in flight (vmm thread). If `change` reports a changed
     /// configuration space, the guest is told; then the queues are looked at.
+    ///
+    /// # Errors
+    ///
+    /// Those of `change`.
     pub fn update<E>(&self, change: impl FnOnce(&mut Device) -> Result<ConfigChange, E>) -> Result<(), E> {
         let mut transport = self.lock();
+        if let Err(violation) = transport.device.quiesce() {
+            transport.needs_reset(&violation);
+        }
         if change(&mut transport.device)? == ConfigChange::Changed {
             transport.config_changed();
         }
@@ -355,22 +362,17 @@ impl Transport {
     fn activate(&mut self) {
         self.status |= DRIVER_OK;
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let queues: Result<Vec<Queue>, Violation> = self
+        let queues: Result<Vec<Virtqueue>, Violation> = self
             .queues
             .iter()
             .enumerate()
             .map(|(index, state)| {
                 let state = QueueState { event_idx_enabled: event_idx, ..*state };
-                usable_queue(index, state, &self.memory)
+                Virtqueue::new(index, state, self.memory.clone(), Arc::clone(&self.interrupt))
             })
             .collect();
         match queues {
-            Ok(queues) => self.device.activate(Activation {
-                memory: self.memory.clone(),
-                queues,
-                features: self.driver_features,
-                interrupt: Arc::clone(&self.interrupt),
-            }),
+            Ok(queues) => self.device.activate(Activation { queues, features: self.driver_features }),
             Err(violation) => self.needs_reset(&violation),
         }
     }
@@ -408,25 +410,6 @@ impl Transport {
 fn fresh_queues(device: &Device) -> Vec<QueueState> {
     let fresh = |&size| QueueState { max_size: size, size, ..QueueState::default() };
     device.queue_sizes().iter().map(fresh).collect()
-}
-
-/// A queue as the driver set it up, if all of it is aligned, in guest RAM and ready (§2.7).
-fn usable_queue(index: usize, state: QueueState, memory: &GuestMemory) -> Result<Queue, Violation> {
-    if !state.ready {
-        return Err(Violation::Queue(index, virtio_queue::Error::QueueNotReady));
-    }
-    let size = usize::from(state.size);
-    // The rings end in the event index fields, whether used or not.
-    for (part, address, length) in [
-        ("descriptor table", state.desc_table, 16 * size),
-        ("available ring", state.avail_ring, 6 + 2 * size),
-        ("used ring", state.used_ring, 6 + 8 * size),
-    ] {
-        if address == 0 || !memory.check_range(GuestAddress(address), length) {
-            return Err(Violation::QueueAddress { queue: index, part, address });
-        }
-    }
-    Queue::try_from(state).map_err(|error| Violation::Queue(index, error))
 }
 
 /// 32 bits of the 64 feature bits.

@@ -13,24 +13,24 @@
 pub mod block;
 mod buffers;
 mod mmio;
+mod queue;
 mod rate_limiter;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::os::fd::RawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use block::Block;
 pub use buffers::{Buffers, IoVecs};
 pub use mmio::{ConfigChange, REGION_SIZE, VirtioMmio};
+pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
-
-use crate::memory::GuestMemory;
 
 /// The device's side of its interrupt (virtio 1.2 §4.2.2, registers InterruptStatus and
 /// InterruptACK). Lock-free: the guest reads and acknowledges it at every interrupt, while the
@@ -77,14 +77,10 @@ impl Interrupt {
 
 /// What the driver and the transport agreed on, handed over at DRIVER_OK.
 pub struct Activation {
-    /// Guest RAM.
-    pub memory: GuestMemory,
-    /// The configured queues, all valid and ready, in device order.
-    pub queues: Vec<Queue>,
+    /// The configured queues in device order.
+    pub queues: Vec<Virtqueue>,
     /// The acknowledged feature bits.
     pub features: u64,
-    /// Where used buffers are announced.
-    pub interrupt: Arc<Interrupt>,
 }
 
 /// A descriptor the event loop watches for a device, with the tag it hands back to `on_event`.

@@ -2,29 +2,113 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-
-use libc::c_int;
+use std::os::fd::{AsRawFd, RawFd};
 
 use super::disk::check;
 use super::request::Operation;
+use super::uring::Uring;
+use crate::config::IoEngine;
 
 /// Most buffers one vectored system call takes.
 const MAX_IOVECS: usize = libc::UIO_MAXIOV as usize;
 
-/// Carries out `operation` on `file` now. A transfer may be partial.
-pub(super) fn run(file: &File, operation: &Operation<'_>) -> io::Result<usize> {
+/// Carries out the operations of one drive.
+pub(super) enum Engine {
+    /// On the calling thread.
+    Sync,
+    /// In the kernel, while the calling thread goes on.
+    Async(Box<Uring>),
+}
+
+impl Engine {
+    /// An engine for `file` that has up to `depth` operations in flight if it is asynchronous.
+    pub(super) fn new(kind: IoEngine, file: &File, depth: u16) -> io::Result<Self> {
+        Ok(match kind {
+            IoEngine::Sync => Self::Sync,
+            IoEngine::Async => Self::Async(Box::new(Uring::new(file, depth)?)),
+        })
+    }
+
+    /// The eventfd of completions.
+    pub(super) fn completion_fd(&self) -> Option<RawFd> {
+        match self {
+            Self::Sync => None,
+            Self::Async(uring) => Some(uring.completion_fd()),
+        }
+    }
+
+    /// The operations to come are for `file`.
+    pub(super) fn set_file(&self, file: &File) -> io::Result<()> {
+        match self {
+            Self::Sync => Ok(()),
+            Self::Async(uring) => uring.set_file(file),
+        }
+    }
+
+    /// Starts `operation`. Returns its result if it is known already; otherwise it comes from
+    /// [`Self::completed`] with `token`. A transfer may be partial.
+    ///
+    /// # Safety
+    ///
+    /// The operation's vector and the buffers it names stay where they are until its result is
+    /// known, or this engine is dropped.
+    #[inline]
+    pub(super) unsafe fn start(
+        &mut self,
+        file: &File,
+        token: u16,
+        operation: &Operation<'_>,
+    ) -> Option<io::Result<usize>> {
+        match self {
+            // SAFETY: by this function's contract.
+            Self::Sync => Some(unsafe { run(file, operation) }),
+            // SAFETY: by this function's contract.
+            Self::Async(uring) => unsafe { uring.start(token, operation) }.err().map(Err),
+        }
+    }
+
+    /// Hands on what was started since the last time.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        match self {
+            Self::Sync => Ok(()),
+            Self::Async(uring) => uring.submit(),
+        }
+    }
+
+    /// A result that has arrived since the last time.
+    pub(super) fn completed(&mut self) -> Option<(u16, io::Result<usize>)> {
+        match self {
+            Self::Sync => None,
+            Self::Async(uring) => uring.completed(),
+        }
+    }
+
+    /// Waits until a result has arrived. To be called only while one is due.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        match self {
+            Self::Sync => Ok(()),
+            Self::Async(uring) => uring.wait(),
+        }
+    }
+}
+
+/// Carries out `operation` on `file` now.
+///
+/// # Safety
+///
+/// The buffers it names are valid until this function returns.
+unsafe fn run(file: &File, operation: &Operation<'_>) -> io::Result<usize> {
     let fd = file.as_raw_fd();
     loop {
         let result = match *operation {
             Operation::Read { into, offset } => {
-                // SAFETY: the buffers lie in guest RAM, which the device keeps alive (`IoVecs`);
-                // the kernel may write there at any time, as the guest may.
-                check(unsafe { libc::preadv(fd, into.as_ptr(), count(into), offset as i64) })
+                // SAFETY: valid by this function's contract; that the guest may access the buffers
+                // meanwhile is no matter to the kernel, and Rust sees no reference to them.
+                check(unsafe { libc::preadv(fd, into.as_ptr(), count(into) as i32, offset as i64) })
             }
             Operation::Write { from, offset } => {
-                // SAFETY: as above, and the kernel only reads them.
-                check(unsafe { libc::pwritev(fd, from.as_ptr(), count(from), offset as i64) })
+                // SAFETY: as above.
+                check(unsafe { libc::pwritev(fd, from.as_ptr(), count(from) as i32, offset as i64) })
             }
             // SAFETY: takes no memory.
             Operation::Sync => check(unsafe { libc::fdatasync(fd) } as isize),
@@ -40,7 +124,7 @@ pub(super) fn run(file: &File, operation: &Operation<'_>) -> io::Result<usize> {
     }
 }
 
-/// The vector count of a system call; what it leaves out is done by the next one.
-fn count(vecs: &[libc::iovec]) -> c_int {
-    vecs.len().min(MAX_IOVECS) as c_int
+/// The vector count of one operation; what it leaves out is for the next.
+pub(super) fn count(vecs: &[libc::iovec]) -> u32 {
+    vecs.len().min(MAX_IOVECS) as u32
 }

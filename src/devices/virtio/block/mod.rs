@@ -7,6 +7,7 @@
 mod disk;
 mod engine;
 mod request;
+mod uring;
 
 use std::fs::File;
 use std::io;
@@ -15,18 +16,15 @@ use std::sync::Arc;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use self::disk::Disk;
+use self::engine::Engine;
 use self::request::{
     Kind as RequestKind, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, Request,
     Rules, Status, Step,
 };
-use super::{
-    Activation, INTERRUPT_USED_BUFFER, Interrupt, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice,
-};
-use crate::config::{CacheType, DriveConfig, RateLimiterUpdate};
-use crate::memory::GuestMemory;
+use super::{Activation, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterUpdate};
 use crate::{metrics, warn_limited};
 
 /// Size of the request queue.
@@ -35,6 +33,8 @@ const QUEUE_SIZE: u16 = 256;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Host file systems free blocks of this many sectors.
 const DISCARD_ALIGNMENT: u32 = 8;
+/// Most operations the Async engine has in flight. More requests wait in the queue.
+const ASYNC_DEPTH: u16 = 128;
 /// What one wake does before it lets other devices run.
 const MAX_REQUESTS_PER_WAKE: usize = 64;
 /// See [`MAX_REQUESTS_PER_WAKE`].
@@ -42,6 +42,7 @@ const MAX_BYTES_PER_WAKE: u64 = 16 << 20;
 
 /// Source tags.
 const RATE_LIMITER: u8 = 1;
+const COMPLETION: u8 = 2;
 
 /// Why a drive cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,14 @@ pub enum Error {
         /// Resource id.
         drive: String,
     },
+    /// The Async engine cannot be had.
+    #[error("drive {drive}: io_engine Async needs io_uring, which the host refuses; use Sync")]
+    Async {
+        /// Resource id.
+        drive: String,
+        /// From the host.
+        source: io::Error,
+    },
     /// No descriptor for the rate limiter's timer.
     #[error("drive {drive}: cannot create the timer of its rate limiter")]
     Timer {
@@ -70,13 +79,14 @@ pub enum Error {
     },
 }
 
-/// A drive.
+/// A drive. The engine is dropped first: it waits until the kernel is done with the rest.
 pub struct Block {
     drive_id: String,
     rules: Rules,
     features: u64,
+    engine: Engine,
+    requests: Requests,
     disk: Disk,
-    request: Request,
     limiter: RateLimiter,
     active: Option<Active>,
     metrics: Arc<metrics::Block>,
@@ -84,11 +94,42 @@ pub struct Block {
 
 /// What the driver handed over.
 struct Active {
-    queue: Queue,
-    memory: GuestMemory,
-    interrupt: Arc<Interrupt>,
-    /// Buffers were used and the guest was not told.
-    unannounced: bool,
+    queue: Virtqueue,
+    /// The driver wants no more: what is in flight is only waited for.
+    stopped: bool,
+}
+
+/// The requests being worked on, by token. Made as they are needed, then used again.
+struct Requests {
+    slots: Vec<Request>,
+    free: Vec<u16>,
+    /// Most at a time.
+    depth: u16,
+}
+
+impl Requests {
+    /// The token of a request that is not in use, if one may still be started.
+    fn vacant(&mut self) -> Option<u16> {
+        if self.free.is_empty() && self.slots.len() < usize::from(self.depth) {
+            self.free.push(self.slots.len() as u16);
+            self.slots.push(Request::default());
+        }
+        self.free.last().copied()
+    }
+
+    /// Takes `token`, which [`Self::vacant`] has just named, into use.
+    fn claim(&mut self, token: u16) {
+        debug_assert_eq!(self.free.last(), Some(&token));
+        self.free.pop();
+    }
+
+    fn release(&mut self, token: u16) {
+        self.free.push(token);
+    }
+
+    fn in_use(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
 }
 
 impl Block {
@@ -104,8 +145,14 @@ impl Block {
             read_only: config.is_read_only,
             flush: config.cache_type == CacheType::Writeback,
             discard: config.discard,
-            queue_size: QUEUE_SIZE,
         };
+        let disk = Disk::new(backend, &config.drive_id)?;
+        let depth = match config.io_engine {
+            IoEngine::Sync => 1,
+            IoEngine::Async => ASYNC_DEPTH,
+        };
+        let engine = Engine::new(config.io_engine, &disk.file, depth)
+            .map_err(|source| Error::Async { drive: config.drive_id.clone(), source })?;
         let mut features = 1 << VIRTIO_BLK_F_SEG_MAX;
         for (offered, bit) in [
             (rules.read_only, VIRTIO_BLK_F_RO),
@@ -116,11 +163,12 @@ impl Block {
             features |= u64::from(offered) << bit;
         }
         Ok(Self {
-            disk: Disk::new(backend, &config.drive_id)?,
             drive_id: config.drive_id.clone(),
             rules,
             features,
-            request: Request::default(),
+            engine,
+            requests: Requests { slots: Vec::new(), free: Vec::new(), depth },
+            disk,
             limiter,
             active: None,
             metrics,
@@ -139,7 +187,10 @@ impl Block {
     ///
     /// As [`Self::new`]; the drive then stays as it was.
     pub fn update_backend(&mut self, backend: File) -> Result<(), Error> {
-        self.disk = Disk::new(backend, &self.drive_id)?;
+        let disk = Disk::new(backend, &self.drive_id)?;
+        let drive = self.drive_id.clone();
+        self.engine.set_file(&disk.file).map_err(|source| Error::Async { drive, source })?;
+        self.disk = disk;
         self.metrics.update_count.inc();
         Ok(())
     }
@@ -166,58 +217,89 @@ impl Block {
         space
     }
 
-    /// Takes requests until the queue is empty, the limits are reached, or the batch is full.
-    fn process_queue(&mut self) -> Result<Progress, Violation> {
-        let Some(active) = &mut self.active else { return Ok(Progress::Idle) };
-        let mut bytes = 0;
+    /// Takes requests until there is none to take, or the batch is full.
+    fn take_requests(&mut self) -> Result<Progress, Violation> {
         let mut requests = 0;
-        loop {
-            while let Some(chain) = active.queue.iter(&active.memory).map_err(broken)?.next() {
-                if requests == MAX_REQUESTS_PER_WAKE || bytes >= MAX_BYTES_PER_WAKE {
-                    active.queue.go_to_previous_position();
-                    return Ok(Progress::More);
+        let mut bytes = 0;
+        while requests < MAX_REQUESTS_PER_WAKE && bytes < MAX_BYTES_PER_WAKE {
+            let Some(length) = self.take_request()? else { return Ok(Progress::Idle) };
+            requests += 1;
+            bytes += length;
+        }
+        Ok(Progress::More)
+    }
+
+    /// Takes one request and starts it; returns its bytes of data. `None` if the queue is empty,
+    /// which the driver's next notification ends, the engine is full, which a completion ends, or
+    /// the limits are reached, which the timer ends.
+    fn take_request(&mut self) -> Result<Option<u64>, Violation> {
+        let Some(active) = self.active.as_mut().filter(|active| !active.stopped) else { return Ok(None) };
+        let Some(token) = self.requests.vacant() else { return Ok(None) };
+        let request = &mut self.requests.slots[usize::from(token)];
+        let Some(head) = active.queue.pop(&mut request.buffers)? else { return Ok(None) };
+        // SAFETY: the buffers are fresh from the queue, and `active` keeps it.
+        let step = unsafe { request.parse(head, &self.disk, self.rules)? };
+        let length = request.length();
+        if !self.limiter.take(length) {
+            active.queue.undo_pop();
+            self.metrics.rate_limiter_throttled_events.inc();
+            return Ok(None);
+        }
+        self.requests.claim(token);
+        self.proceed(token, step)?;
+        Ok(Some(length))
+    }
+
+    /// Takes a request from `step` to its end, or to where it waits for the host.
+    fn proceed(&mut self, token: u16, mut step: Step) -> Result<(), Violation> {
+        let request = &mut self.requests.slots[usize::from(token)];
+        let Some(active) = self.active.as_mut().filter(|active| !active.stopped) else {
+            self.requests.release(token);
+            return Ok(());
+        };
+        let status = loop {
+            match step {
+                Step::Operate => {
+                    // SAFETY: the vector belongs to the request, which is not touched before its
+                    // result is there; the buffers lie in guest RAM, which `active` keeps until
+                    // no request is in use. Both outlive the engine: fields drop in order.
+                    let result = unsafe { self.engine.start(&self.disk.file, token, &request.operation()) };
+                    let Some(result) = result else { return Ok(()) };
+                    step = request.advance(result);
                 }
-                let mut step = self.request.parse(chain, &active.memory, &self.disk, self.rules)?;
-                if !self.limiter.take(self.request.length()) {
-                    active.queue.go_to_previous_position();
-                    self.metrics.rate_limiter_throttled_events.inc();
-                    return Ok(Progress::Idle);
+                Step::Done(status) => break status,
+                Step::Failed(error) => {
+                    warn_limited!("drive {}: {:?} failed: {error}", self.drive_id, request.kind());
+                    break Status::IoError;
                 }
-                requests += 1;
-                bytes += self.request.length();
-                let status = loop {
-                    match step {
-                        Step::Operate => {
-                            let result = engine::run(&self.disk.file, &self.request.operation());
-                            step = self.request.advance(result);
-                        }
-                        Step::Done(status) => break status,
-                        Step::Failed(error) => {
-                            warn_limited!("drive {}: {:?} failed: {error}", self.drive_id, self.request.kind());
-                            break Status::IoError;
-                        }
-                    }
-                };
-                count(&self.metrics, &self.request, status);
-                // SAFETY: the request was parsed with this memory, which `active` keeps.
-                let (head, written) = unsafe { self.request.finish(status) };
-                active.queue.add_used(&active.memory, head, written).map_err(broken)?;
-                active.unannounced = true;
             }
-            if !active.queue.enable_notification(&active.memory).map_err(broken)? {
-                return Ok(Progress::Idle);
+        };
+        count(&self.metrics, request, status);
+        // SAFETY: the request was parsed with this memory, which `active` keeps.
+        let (head, written) = unsafe { request.finish(status) };
+        self.requests.release(token);
+        active.queue.add_used(head, written)
+    }
+
+    /// Exchanges with the host what was started for what is completed. Returns whether the host
+    /// refused to take something and must be asked again.
+    fn exchange(&mut self) -> Result<bool, Violation> {
+        loop {
+            if let Err(error) = self.engine.submit() {
+                warn_limited!("drive {}: io_uring takes no requests: {error}", self.drive_id);
+                return Ok(true);
+            }
+            let Some((token, result)) = self.engine.completed() else { return Ok(false) };
+            self.complete(token, result)?;
+            while let Some((token, result)) = self.engine.completed() {
+                self.complete(token, result)?;
             }
         }
     }
 
-    /// Interrupts the guest if it wants to know about what was used since the last time.
-    fn announce(&mut self) -> Result<(), Violation> {
-        let Some(active) = self.active.as_mut().filter(|active| active.unannounced) else { return Ok(()) };
-        active.unannounced = false;
-        if active.queue.needs_notification(&active.memory).map_err(broken)? {
-            active.interrupt.raise(INTERRUPT_USED_BUFFER);
-        }
-        Ok(())
+    fn complete(&mut self, token: u16, result: io::Result<usize>) -> Result<(), Violation> {
+        let step = self.requests.slots[usize::from(token)].advance(result);
+        self.proceed(token, step)
     }
 }
 
@@ -244,44 +326,56 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) {
-        let Activation { memory, queues, interrupt, .. } = activation;
-        self.active = queues.into_iter().next().map(|queue| Active { queue, memory, interrupt, unannounced: false });
+        self.active = activation.queues.into_iter().next().map(|queue| Active { queue, stopped: false });
     }
 
     fn reset(&mut self) -> bool {
-        self.active = None;
-        true
+        if self.requests.in_use() == 0 {
+            self.active = None;
+            return true;
+        }
+        if let Some(active) = &mut self.active {
+            active.stopped = true;
+        }
+        false
     }
 
     fn on_event(&mut self, tag: u8) -> Result<Progress, Violation> {
-        if tag == RATE_LIMITER {
-            self.limiter.on_timer();
-        } else {
-            self.metrics.queue_event_count.inc();
+        match tag {
+            RATE_LIMITER => self.limiter.on_timer(),
+            COMPLETION => {}
+            _ => self.metrics.queue_event_count.inc(),
         }
-        if self.limiter.is_throttled() {
-            return Ok(Progress::Idle);
+        let mut refused = self.exchange()?;
+        let mut progress = Progress::Idle;
+        if !self.limiter.is_throttled() {
+            progress = self.take_requests()?;
+            refused |= self.exchange()?;
         }
-        let progress = self.process_queue()?;
-        self.announce()?;
-        Ok(progress)
+        self.active.as_mut().map_or(Ok(()), |active| active.queue.announce())?;
+        Ok(if refused { Progress::More } else { progress })
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![Source { tag: RATE_LIMITER, fd: self.limiter.timer_fd() }]
+        let mut sources = vec![Source { tag: RATE_LIMITER, fd: self.limiter.timer_fd() }];
+        sources.extend(self.engine.completion_fd().map(|fd| Source { tag: COMPLETION, fd }));
+        sources
     }
 
     fn quiesce(&mut self) -> Result<(), Violation> {
-        Ok(())
+        while self.requests.in_use() > 0 {
+            if let Err(error) = self.engine.wait() {
+                log::error!("drive {}: cannot wait for io_uring: {error}", self.drive_id);
+                break;
+            }
+            self.exchange()?;
+        }
+        self.active.as_mut().map_or(Ok(()), |active| active.queue.announce())
     }
 
     fn count_violation(&self) {
         self.metrics.needs_reset.inc();
     }
-}
-
-fn broken(error: virtio_queue::Error) -> Violation {
-    Violation::Queue(0, error)
 }
 
 fn count(metrics: &metrics::Block, request: &Request, status: Status) {

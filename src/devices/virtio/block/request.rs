@@ -11,12 +11,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
 use vm_memory::VolatileSlice;
 
 use super::disk::{Disk, SECTOR_SIZE};
 use crate::devices::virtio::{Buffers, IoVecs, Violation};
-use crate::memory::GuestMemory;
 
 /// Status byte of a request (virtio 1.2 §5.2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +40,6 @@ pub(super) struct Rules {
     pub(super) read_only: bool,
     pub(super) flush: bool,
     pub(super) discard: bool,
-    /// Size of the queue, the longest a chain may be.
-    pub(super) queue_size: u16,
 }
 
 /// One operation on the host file. At most `i32::MAX` bytes are done at once by the host.
@@ -113,7 +109,7 @@ struct Range {
 pub(super) struct Request {
     head: u16,
     kind: Kind,
-    buffers: Buffers,
+    pub(super) buffers: Buffers,
     /// In guest RAM, like [`Buffers`].
     status: *mut u8,
     /// Where in the file the rest of the data belongs.
@@ -146,31 +142,27 @@ impl Default for Request {
 }
 
 impl Request {
-    /// Takes `chain` apart: a header of 16 bytes first, the status byte last, however they are cut
-    /// into buffers (§2.7.4). The caller keeps `memory` alive until the request is finished.
+    /// Takes [`Self::buffers`], filled from the chain at `head`, apart: a header of 16 bytes first, the
+    /// status byte last, however they are cut into buffers (§2.7.4).
     ///
     /// # Errors
     ///
-    /// [`Violation`] if the chain is malformed or lacks header or status. What can be answered in
-    /// the status byte is not an error.
-    pub(super) fn parse(
-        &mut self,
-        chain: DescriptorChain<&GuestMemory>,
-        memory: &GuestMemory,
-        disk: &Disk,
-        rules: Rules,
-    ) -> Result<Step, Violation> {
-        self.head = chain.head_index();
+    /// [`Violation`] if the chain lacks header or status. What can be answered in the status byte
+    /// is not an error.
+    ///
+    /// # Safety
+    ///
+    /// The memory the buffers are in is alive.
+    pub(super) unsafe fn parse(&mut self, head: u16, disk: &Disk, rules: Rules) -> Result<Step, Violation> {
+        self.head = head;
         self.length = 0;
         self.ranges.clear();
-        self.buffers.fill(chain, memory, rules.queue_size)?;
-        let framing = Violation::Framing(self.head);
-        let Some(status) = self.buffers.writable.take_last_byte() else { return Err(framing) };
+        let Some(status) = self.buffers.writable.take_last_byte() else { return Err(Violation::Framing(head)) };
         self.status = status;
         let mut header = [0; 16];
-        // SAFETY: the buffers come from `memory`, which is alive.
+        // SAFETY: alive by this function's contract.
         if !unsafe { self.buffers.readable.read(&mut header) } {
-            return Err(framing);
+            return Err(Violation::Framing(head));
         }
         let [kind, _priority, low, high] = words(header);
         self.kind = Kind::from(kind);
@@ -323,7 +315,7 @@ impl Request {
     ///
     /// # Safety
     ///
-    /// The memory given to [`Self::parse`] is alive.
+    /// The memory the buffers are in is alive.
     pub(super) unsafe fn finish(&mut self, status: Status) -> (u16, u32) {
         // SAFETY: the byte lies in guest RAM (`Buffers::fill`), alive by this function's contract.
         unsafe { ptr::write_volatile(self.status, status as u8) };

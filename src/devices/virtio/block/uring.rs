@@ -1,0 +1,139 @@
+//! The Async engine: io_uring, confined to one file and five operations.
+//!
+//! The ring starts disabled, gets its file, its eventfd and its restrictions, and is only then
+//! enabled: whatever corrupts this process later, the ring reads, writes, syncs and allocates the
+//! drive's file and nothing else.
+//!
+//! A flush is not ordered against what else is in flight: it has to cover the writes that were
+//! completed before it was submitted (virtio 1.2 §5.2.6.2), and their data is with the host.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::register::Restriction;
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::engine::count;
+use super::request::Operation;
+
+/// The drive's file in the ring's table.
+const FILE: Fixed = Fixed(0);
+/// `IORING_REGISTER_FILES_UPDATE`: the one registration that stays allowed, to change the file.
+const REGISTER_FILES_UPDATE: u8 = 6;
+
+/// A ring on one file.
+pub(super) struct Uring {
+    ring: IoUring,
+    completion: EventFd,
+    in_flight: u32,
+}
+
+impl Uring {
+    /// A ring on `file` with room for `depth` operations.
+    pub(super) fn new(file: &File, depth: u16) -> io::Result<Self> {
+        let ring = IoUring::builder().setup_r_disabled().dontfork().build(depth.into())?;
+        let completion = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let submitter = ring.submitter();
+        submitter.register_files(&[file.as_raw_fd()])?;
+        submitter.register_eventfd(completion.as_raw_fd())?;
+        submitter.register_restrictions(&mut [
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
+            Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+            Restriction::register_op(REGISTER_FILES_UPDATE),
+        ])?;
+        submitter.register_enable_rings()?;
+        Ok(Self { ring, completion, in_flight: 0 })
+    }
+
+    /// Becomes readable at every completion.
+    pub(super) fn completion_fd(&self) -> RawFd {
+        self.completion.as_raw_fd()
+    }
+
+    /// Replaces the file. What is in flight finishes on the old one.
+    pub(super) fn set_file(&self, file: &File) -> io::Result<()> {
+        self.ring.submitter().register_files_update(0, &[file.as_raw_fd()]).map(drop)
+    }
+
+    /// Queues `operation`; its result comes from [`Self::completed`] with the same `token`.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` when more than `depth` operations are queued.
+    ///
+    /// # Safety
+    ///
+    /// The operation's vector and the buffers it names stay where they are until its result came,
+    /// or this engine is dropped.
+    pub(super) unsafe fn start(&mut self, token: u16, operation: &Operation<'_>) -> io::Result<()> {
+        let entry: Entry = match *operation {
+            Operation::Read { into, offset } => {
+                opcode::Readv::new(FILE, into.as_ptr(), count(into)).offset(offset).build()
+            }
+            Operation::Write { from, offset } => {
+                opcode::Writev::new(FILE, from.as_ptr(), count(from)).offset(offset).build()
+            }
+            Operation::Sync => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
+            Operation::Allocate { mode, offset, length } => {
+                opcode::Fallocate::new(FILE, length).offset(offset).mode(mode).build()
+            }
+        };
+        // SAFETY: what the entry points to lives long enough by this function's contract; `Drop`
+        // waits for what is in flight.
+        unsafe { self.ring.submission().push(&entry.user_data(token.into())) }
+            .map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Hands what is queued to the kernel, all at once.
+    ///
+    /// # Errors
+    ///
+    /// The host is out of resources; what is queued stays queued.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        retry(|| self.ring.submit().map(drop))
+    }
+
+    /// A result that has arrived.
+    pub(super) fn completed(&mut self) -> Option<(u16, io::Result<usize>)> {
+        let entry = self.ring.completion().next()?;
+        self.in_flight -= 1;
+        let result = usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+        // The token went in as 16 bits.
+        Some((entry.user_data() as u16, result))
+    }
+
+    /// Waits until a result has arrived.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        retry(|| self.ring.submit_and_wait(1).map(drop))
+    }
+}
+
+impl Drop for Uring {
+    /// The kernel must be done with guest memory before anyone unmaps it.
+    fn drop(&mut self) {
+        while self.in_flight > 0 && self.wait().is_ok() {
+            while self.completed().is_some() {}
+        }
+    }
+}
+
+fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
