@@ -284,6 +284,12 @@ fn the_initrd_stays_where_the_kernel_can_see_it() {
     assert_eq!(place(5 << 10, 0xffff_ffff).unwrap(), MMIO_GAP_START - 0x2000);
     assert_eq!(place(64, 0x37f_f000).unwrap(), 0x37f_d000, "an odd limit");
     assert!(matches!(place(64, 0x100_0000), Err(Error::TooLarge { .. })), "memory would not help");
+    for len in [PAGE_SIZE as usize, 3 * PAGE_SIZE as usize - 1, 3 * PAGE_SIZE as usize + 1] {
+        let initrd = vec![7; len];
+        let (loaded, bytes) = load_in(32, &bzimage(|_| {}), Some(&initrd), ImageMapping::Shared).unwrap();
+        let (gpa, _) = loaded.initrd.unwrap();
+        assert!(bytes[gpa as usize..][..len] == initrd, "{len} bytes, up to the end of RAM");
+    }
     let empty = load_in(32, &bzimage(|_| {}), Some(b""), ImageMapping::Shared);
     assert!(matches!(empty, Err(Error::EmptyInitrd)));
     let endless = place_initrd(&ram(64), &inspect(&file_of(&bzimage(|_| {}))).unwrap(), i64::MAX as u64);
