@@ -26,6 +26,7 @@
 //! | [`memory`] | guest RAM: layout and backing |
 //! | [`config`] | the validated configuration and every limit |
 //! | [`metrics`], [`log`] | what the operator sees |
+//! | [`signals`] | how the process ends when somebody else wants it to |
 //!
 //! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices} →
 //! memory → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
@@ -42,3 +43,4 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod signals;

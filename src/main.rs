@@ -1,2 +1,136 @@
-//! The VMM process.
-fn main() {}
+//! The VMM process: parse, log, threads.
+
+use std::fmt::Display;
+use std::os::unix::net::UnixListener;
+use std::process::exit;
+use std::thread::JoinHandle;
+
+use tokio::sync::broadcast;
+use vesicle::api::routes::config_commands;
+use vesicle::api::server::{self, Limits};
+use vesicle::api::socket::{self, SocketFile};
+use vesicle::cli::{self, ApiSocket, Cli, Options};
+use vesicle::config::MetricsConfig;
+use vesicle::control::{self, Command, CommandSender, Event};
+use vesicle::devices::boot_timer::{self, BootTimer};
+use vesicle::machine::lifecycle::{Ending, Vmm};
+use vesicle::machine::{chain, restore_terminal};
+use vesicle::metrics::METRICS;
+use vesicle::signals::{Termination, install_fatal_handlers};
+use vesicle::{kvm, log};
+
+/// Exit statuses (SPEC.md, "Exit status").
+const FAILURE: i32 = 1;
+const BAD_CONFIGURATION: i32 = 152;
+const BAD_ARGUMENTS: i32 = 153;
+
+/// Lifecycle events a slow reader of GET /events may lag behind.
+const EVENT_BACKLOG: usize = 16;
+
+fn main() {
+    let options = match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Cli::Run(options)) => *options,
+        Ok(Cli::Print(text)) => {
+            print!("{text}");
+            return;
+        }
+        Err(error) => fail(BAD_ARGUMENTS, error),
+    };
+    // Before any thread: they inherit the signal mask.
+    install_fatal_handlers(restore_terminal);
+    kvm::install_kick_handler();
+    std::panic::set_hook(Box::new(|panic| {
+        restore_terminal();
+        METRICS.vmm.panic_count.inc();
+        ::log::error!("{panic}");
+    }));
+    log::init(&options.id);
+    let (mut vmm, sender, events) = prepare(&options).unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
+    configure(&mut vmm, &options);
+    let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events));
+    let Ending { status, .. } = vmm.run();
+    if let Some((thread, socket_file)) = api {
+        // The thread ends once the last event is out. The machine is left to the kernel to take
+        // down: its threads may still be in the guest.
+        let _ = thread.join();
+        drop(socket_file);
+    }
+    exit(status.into());
+}
+
+type Prepared = (Vmm, CommandSender, broadcast::Receiver<Event>);
+
+fn prepare(options: &Options) -> Result<Prepared, Box<dyn std::error::Error>> {
+    let termination = Termination::new()?;
+    let (sender, receiver) = control::channel()?;
+    let (subscribers, events) = broadcast::channel(EVENT_BACKLOG);
+    let boot_timer = options.boot_timer.then(BootTimer::default);
+    let vmm = Vmm::new(options.id.clone(), boot_timer, receiver, subscribers, termination)?;
+    Ok((vmm, sender, events))
+}
+
+/// What the command line and the configuration file say, as the API would say it.
+fn configure(vmm: &mut Vmm, options: &Options) {
+    let mut commands = vec![Command::SetLogger(options.logger.clone())];
+    commands.extend(options.metrics_path.clone().map(|metrics_path| {
+        Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
+    }));
+    if let Some(path) = &options.config_file {
+        let json = std::fs::read(path)
+            .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?} cannot be read: {error}")));
+        let file = config_commands(&json)
+            .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?}: {error}")));
+        commands.extend(file);
+        commands.push(Command::Start);
+    }
+    for command in commands {
+        if let Err(refusal) = vmm.execute(command) {
+            fail(BAD_CONFIGURATION, refusal);
+        }
+    }
+}
+
+fn serve(
+    socket: &ApiSocket,
+    options: &Options,
+    sender: CommandSender,
+    events: broadcast::Receiver<Event>,
+) -> (JoinHandle<()>, Option<SocketFile>) {
+    let (listener, file): (UnixListener, _) = match socket {
+        ApiSocket::Path(path) => match socket::bind(path) {
+            Ok((listener, file)) => (listener, Some(file)),
+            Err(error) => fail(FAILURE, chain(&error)),
+        },
+        // SAFETY: the number came from the command line and this is the only place that uses it.
+        ApiSocket::Descriptor(fd) => match unsafe { socket::adopt(*fd) } {
+            Ok(listener) => (listener, None),
+            Err(error) => fail(BAD_ARGUMENTS, chain(&error)),
+        },
+    };
+    let limits = Limits { max_payload: options.max_payload, ..Limits::default() };
+    match server::spawn(listener, limits, sender, events) {
+        Ok(thread) => {
+            record_startup(options);
+            (thread, file)
+        }
+        Err(error) => fail(FAILURE, format!("cannot start the API thread: {error}")),
+    }
+}
+
+/// How long it took from the launcher's decision to here, if the launcher said when that was.
+fn record_startup(options: &Options) {
+    if let Some(start) = options.start_time_us {
+        METRICS.api_server.process_startup_time_us.set(boot_timer::monotonic_us().saturating_sub(start));
+    }
+    if let Some(start) = options.start_time_cpu_us {
+        let cpu = boot_timer::process_cpu_time().as_micros() as u64;
+        let parent = options.parent_cpu_time_us.unwrap_or(0);
+        METRICS.api_server.process_startup_time_cpu_us.set(cpu.saturating_sub(start).saturating_add(parent));
+    }
+}
+
+fn fail(status: i32, error: impl Display) -> ! {
+    restore_terminal();
+    eprintln!("vesicle: {error}");
+    exit(status);
+}

@@ -3,4 +3,8 @@
 //! A device sees guest memory, its queues, an interrupt and a file descriptor; it never sees
 //! KVM, the API or the machine.
 
+pub mod boot_timer;
+pub mod bus;
+pub mod i8042;
+pub mod serial;
 pub mod virtio;

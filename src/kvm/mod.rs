@@ -1,1 +1,47 @@
-//! Not here yet.
+//! The VM and its vCPUs as KVM knows them: with `boot`, the only place that knows the architecture.
+//!
+//! The order of calls is part of the design. A memory slot registered after the interrupt
+//! controllers exist waits out a grace period of the host's kernel (milliseconds), before them it
+//! costs nothing; so [`Vm::new`] sets the TSS address and every slot first, then makes irqchip and
+//! PIT, and vCPUs come last.
+
+mod vcpu;
+mod vm;
+pub mod x86_64;
+
+pub use vcpu::{Exits, Report, Run, Vcpu, Wish, install_kick_handler};
+pub use vm::{Kvm, Vm};
+
+/// A call into KVM that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `/dev/kvm` cannot be opened.
+    #[error("cannot open /dev/kvm: load the kvm module and give this user read and write access to it")]
+    Open(#[source] kvm_ioctls::Error),
+    /// The kernel's KVM is too old or too odd.
+    #[error("this host's KVM lacks {0}, which a microVM needs")]
+    Lacks(&'static str),
+    /// An ioctl.
+    #[error("{call} failed")]
+    Ioctl {
+        /// Its name.
+        call: &'static str,
+        /// The errno.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// `KVM_SET_MSRS` stopped early.
+    #[error("KVM refused to set MSR {0:#x}")]
+    Msr(u32),
+    /// A CPUID list or MSR list does not fit.
+    #[error("{0} has more entries than KVM accepts")]
+    TooMany(&'static str),
+    /// A thread could not be started.
+    #[error("cannot start the thread of vCPU {0}")]
+    Thread(u8, #[source] std::io::Error),
+}
+
+/// Names the ioctl in the error.
+pub(crate) fn ioctl(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+    move |source| Error::Ioctl { call, source }
+}

@@ -1,1 +1,92 @@
-//! Not here yet.
+//! The machine and the steps of its life: [`shell`] builds it empty, [`fill`] puts a kernel in,
+//! [`lifecycle`] runs, pauses and ends it, on the vmm thread.
+
+mod console;
+mod files;
+mod fill;
+pub mod lifecycle;
+mod shell;
+
+pub use console::restore_terminal;
+
+use std::path::PathBuf;
+
+/// Why the machine could not be built or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] crate::kvm::Error),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] crate::memory::Error),
+    /// Kernel, initrd or tables.
+    #[error(transparent)]
+    Boot(#[from] crate::boot::Error),
+    /// The command line.
+    #[error(transparent)]
+    Cmdline(#[from] crate::boot::cmdline::Error),
+    /// Nothing to boot.
+    #[error("there is no kernel to boot: PUT /boot-source first")]
+    NoBootSource,
+    /// A drive.
+    #[error("drive {id:?}")]
+    Drive {
+        /// Its id.
+        id: String,
+        /// What failed.
+        #[source]
+        source: crate::devices::virtio::block::Error,
+    },
+    /// A file that the configuration names.
+    #[error("cannot open {what} {path:?}")]
+    Open {
+        /// The field.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The errno.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file of the wrong kind.
+    #[error("{what} {path:?} cannot be used: {wanted}")]
+    Kind {
+        /// The field.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// Not a kernel.
+    #[error("kernel_image_path {path:?}")]
+    Kernel {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: crate::boot::kernel::Error,
+    },
+    /// The file is set once.
+    #[error("the metrics file is set already and cannot be changed")]
+    MetricsTwice,
+    /// More devices than interrupt lines.
+    #[error("at most {} virtio devices fit: remove some", crate::config::MAX_VIRTIO_DEVICES)]
+    TooManyDevices,
+    /// A descriptor could not be made or watched.
+    #[error("cannot {0}")]
+    Event(&'static str, #[source] std::io::Error),
+}
+
+/// The whole chain of causes in one sentence, printed once.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

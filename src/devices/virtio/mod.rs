@@ -14,7 +14,7 @@ pub mod block;
 mod buffers;
 mod mmio;
 mod queue;
-mod rate_limiter;
+pub mod rate_limiter;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

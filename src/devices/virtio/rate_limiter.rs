@@ -21,7 +21,7 @@ const MAX_REFILL_NS: u64 = i64::MAX as u64;
 /// A cost greater than the bucket can ever hold is granted when the bucket is full and leaves it
 /// in debt: it passes at the configured rate instead of never.
 #[derive(Debug)]
-struct TokenBucket {
+pub struct TokenBucket {
     size: u64,
     refill_ns: u64,
     /// Units; negative while in debt.
@@ -33,11 +33,22 @@ struct TokenBucket {
 }
 
 impl TokenBucket {
-    fn new(config: &TokenBucketConfig, now: u64) -> Self {
+    /// A full bucket at `now`, in nanoseconds from any origin.
+    pub fn new(config: &TokenBucketConfig, now: u64) -> Self {
         let refill_ns = config.refill_time_ms.saturating_mul(1_000_000).clamp(1, MAX_REFILL_NS);
         let size = config.size;
         let level = i128::from(size) * i128::from(refill_ns);
         Self { size, refill_ns, level, burst: config.one_time_burst, updated: now }
+    }
+
+    /// Takes `cost` tokens if they are there at `now`, in nanoseconds.
+    pub fn admit(&mut self, cost: u64, now: u64) -> bool {
+        self.refill(now);
+        let admitted = self.wait(cost) == 0;
+        if admitted {
+            self.take(cost);
+        }
+        admitted
     }
 
     fn full(&self) -> i128 {

@@ -1,0 +1,380 @@
+//! A 16550A UART (National Semiconductor PC16550D data sheet) whose speed is the host's.
+//!
+//! The vCPU puts bytes into a bounded buffer, the vmm thread takes them out and writes them to the
+//! host. While the buffer is full the transmitter reports itself busy, so a driver that heeds the
+//! line status waits for a slow reader instead of losing output; one that does not loses the
+//! excess, which is counted. Neither a flooding guest nor a flooding host grows memory.
+
+use std::collections::VecDeque;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// First port of COM1.
+pub const COM1: u16 = 0x3f8;
+/// Ports of a UART.
+pub const PORTS: u16 = 8;
+/// The I/O APIC pin of COM1.
+pub const COM1_IRQ: u32 = 4;
+
+/// Bytes the guest may be ahead of the host.
+const OUTPUT_CAPACITY: usize = 16 << 10;
+/// A driver that saw the transmitter empty writes this many bytes without looking again.
+const TRANSMIT_FIFO: usize = 16;
+/// Bytes the host may be ahead of the guest.
+const INPUT_CAPACITY: usize = 64;
+
+const DATA: u16 = 0;
+const IER: u16 = 1;
+const IIR: u16 = 2;
+const LCR: u16 = 3;
+const MCR: u16 = 4;
+const LSR: u16 = 5;
+const MSR: u16 = 6;
+const SCR: u16 = 7;
+
+const IER_RECEIVED: u8 = 1;
+const IER_TRANSMITTER: u8 = 2;
+const IER_MASK: u8 = 0xf;
+const IIR_NONE: u8 = 1;
+const IIR_TRANSMITTER: u8 = 2;
+const IIR_RECEIVED: u8 = 4;
+const IIR_FIFO: u8 = 0xc0;
+const LCR_DLAB: u8 = 0x80;
+const LCR_8N1: u8 = 3;
+const LSR_DATA_READY: u8 = 1;
+const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
+const MCR_MASK: u8 = 0x1f;
+const MCR_LOOP: u8 = 0x10;
+const MCR_OUT2: u8 = 8;
+/// CTS, DSR and DCD: somebody is always listening.
+const MSR_CONNECTED: u8 = 0xb0;
+/// 9600 baud on the 1.8432 MHz clock.
+const DIVISOR: [u8; 2] = [12, 0];
+
+/// COM1.
+#[derive(Debug)]
+pub struct Serial {
+    interrupt: EventFd,
+    /// Signalled when the vmm thread has something to do: output to write, room for input.
+    wake: EventFd,
+    output: VecDeque<u8>,
+    input: VecDeque<u8>,
+    /// The vmm thread was told of output it has not fetched yet.
+    woken: bool,
+    /// The host has input that did not fit.
+    input_waits: bool,
+    /// The transmitter interrupt is raised: from "became empty" until the driver reads IIR.
+    transmitter_pending: bool,
+    lost: u64,
+    ier: u8,
+    lcr: u8,
+    mcr: u8,
+    scratch: u8,
+    divisor: [u8; 2],
+}
+
+impl Serial {
+    /// A UART that interrupts through `interrupt` and calls the vmm thread through `wake`.
+    pub fn new(interrupt: EventFd, wake: EventFd) -> Self {
+        Self {
+            interrupt,
+            wake,
+            output: VecDeque::new(),
+            input: VecDeque::with_capacity(INPUT_CAPACITY),
+            woken: false,
+            input_waits: false,
+            transmitter_pending: false,
+            lost: 0,
+            ier: 0,
+            lcr: LCR_8N1,
+            mcr: MCR_OUT2,
+            scratch: 0,
+            divisor: DIVISOR,
+        }
+    }
+
+    /// The descriptor to register with KVM for [`COM1_IRQ`].
+    pub fn interrupt(&self) -> &EventFd {
+        &self.interrupt
+    }
+
+    /// The descriptor the event loop watches, edge-triggered.
+    pub fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The guest reads register `offset`.
+    pub fn read(&mut self, offset: u16) -> u8 {
+        let dlab = self.lcr & LCR_DLAB != 0;
+        match offset {
+            DATA | IER if dlab => self.divisor[usize::from(offset)],
+            DATA => self.receive(),
+            IER => self.ier,
+            IIR => self.identify_interrupt(),
+            LCR => self.lcr,
+            MCR => self.mcr,
+            LSR => self.line_status(),
+            MSR if self.mcr & MCR_LOOP != 0 => self.looped_modem_status(),
+            MSR => MSR_CONNECTED,
+            SCR => self.scratch,
+            _ => 0xff,
+        }
+    }
+
+    /// The guest writes register `offset`.
+    pub fn write(&mut self, offset: u16, value: u8) {
+        let dlab = self.lcr & LCR_DLAB != 0;
+        match offset {
+            DATA | IER if dlab => self.divisor[usize::from(offset)] = value,
+            DATA => self.transmit(value),
+            IER => {
+                let enabled = value & !self.ier & IER_MASK;
+                self.ier = value & IER_MASK;
+                // Enabling an interrupt whose cause holds raises it (PC16550D §8.7): this is how
+                // a driver starts to transmit, also after it stopped with one pending.
+                if enabled & IER_TRANSMITTER != 0 {
+                    self.transmitter_pending = false;
+                    self.raise_transmitter();
+                }
+                if enabled & IER_RECEIVED != 0 && !self.input.is_empty() {
+                    self.raise();
+                }
+            }
+            LCR => self.lcr = value,
+            MCR => self.mcr = value & MCR_MASK,
+            SCR => self.scratch = value,
+            _ => {}
+        }
+    }
+
+    /// Moves up to `buffer.len()` bytes of output into `buffer`; the vmm thread calls it until it
+    /// returns 0.
+    pub fn take_output(&mut self, buffer: &mut [u8]) -> usize {
+        let was_busy = !self.transmitter_ready();
+        let count = buffer.len().min(self.output.len());
+        for (to, from) in buffer.iter_mut().zip(self.output.drain(..count)) {
+            *to = from;
+        }
+        self.woken = !self.output.is_empty();
+        if was_busy && self.transmitter_ready() {
+            self.raise_transmitter();
+        }
+        count
+    }
+
+    /// Gives the guest input; returns how much was taken.
+    pub fn offer_input(&mut self, bytes: &[u8]) -> usize {
+        let taken = &bytes[..bytes.len().min(self.input_room())];
+        self.input.extend(taken);
+        if !taken.is_empty() && self.ier & IER_RECEIVED != 0 {
+            self.raise();
+        }
+        taken.len()
+    }
+
+    /// Bytes of input that fit now.
+    pub fn input_room(&self) -> usize {
+        INPUT_CAPACITY - self.input.len()
+    }
+
+    /// Asks for a wake once the guest has read everything; true if it has already.
+    pub fn want_input(&mut self) -> bool {
+        self.input_waits = !self.input.is_empty();
+        !self.input_waits
+    }
+
+    /// Output bytes lost to a driver that does not wait, since the last call.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
+    }
+
+    fn receive(&mut self) -> u8 {
+        let byte = self.input.pop_front().unwrap_or(0);
+        if self.input.is_empty() && std::mem::take(&mut self.input_waits) {
+            self.wake_vmm();
+        }
+        if !self.input.is_empty() && self.ier & IER_RECEIVED != 0 {
+            self.raise();
+        }
+        byte
+    }
+
+    fn transmit(&mut self, value: u8) {
+        if self.mcr & MCR_LOOP != 0 {
+            self.offer_input(&[value]);
+            return;
+        }
+        if self.output.len() < OUTPUT_CAPACITY {
+            self.output.push_back(value);
+        } else {
+            self.lost += 1;
+        }
+        if !std::mem::replace(&mut self.woken, true) {
+            self.wake_vmm();
+        }
+        if self.transmitter_ready() {
+            self.raise_transmitter();
+        }
+    }
+
+    fn transmitter_ready(&self) -> bool {
+        self.output.len() + TRANSMIT_FIFO <= OUTPUT_CAPACITY
+    }
+
+    fn line_status(&self) -> u8 {
+        let received = if self.input.is_empty() { 0 } else { LSR_DATA_READY };
+        let transmitter = if self.transmitter_ready() { LSR_TRANSMITTER_EMPTY } else { 0 };
+        received | transmitter
+    }
+
+    /// In loopback the modem outputs come back as inputs: DTR→DSR, RTS→CTS, OUT1→RI, OUT2→DCD.
+    fn looped_modem_status(&self) -> u8 {
+        (self.mcr & 1) << 5 | (self.mcr & 2) << 3 | (self.mcr & 4) << 4 | (self.mcr & 8) << 4
+    }
+
+    /// Reading IIR acknowledges the transmitter interrupt if that is the one it reports.
+    fn identify_interrupt(&mut self) -> u8 {
+        let cause = if !self.input.is_empty() && self.ier & IER_RECEIVED != 0 {
+            IIR_RECEIVED
+        } else if self.ier & IER_TRANSMITTER != 0 && std::mem::take(&mut self.transmitter_pending) {
+            IIR_TRANSMITTER
+        } else {
+            IIR_NONE
+        };
+        cause | IIR_FIFO
+    }
+
+    fn raise_transmitter(&mut self) {
+        if self.ier & IER_TRANSMITTER != 0 && self.transmitter_ready() && !self.transmitter_pending {
+            self.transmitter_pending = true;
+            self.raise();
+        }
+    }
+
+    fn raise(&self) {
+        // A write fails only if the counter would overflow: the interrupt is pending anyway.
+        let _ = self.interrupt.write(1);
+    }
+
+    fn wake_vmm(&self) {
+        let _ = self.wake.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serial() -> Serial {
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        Serial::new(event(), event())
+    }
+
+    fn fired(event: &EventFd) -> bool {
+        event.read().is_ok()
+    }
+
+    #[test]
+    fn output_wakes_the_vmm_once_and_comes_out_in_order() {
+        let mut serial = serial();
+        for byte in *b"hello" {
+            serial.write(DATA, byte);
+        }
+        assert_eq!(serial.wake_fd().read().unwrap(), 1, "one wake for the whole batch");
+        let mut buffer = [0; 16];
+        assert_eq!(serial.take_output(&mut buffer), 5);
+        assert_eq!(&buffer[..5], b"hello");
+        serial.write(DATA, b'!');
+        assert!(fired(serial.wake_fd()), "the next batch wakes again");
+    }
+
+    #[test]
+    fn a_guest_that_heeds_the_line_status_loses_nothing_to_a_slow_reader() {
+        let mut serial = serial();
+        serial.write(IER, IER_TRANSMITTER);
+        assert!(fired(serial.interrupt()));
+        let mut written = 0;
+        while serial.read(LSR) & LSR_TRANSMITTER_EMPTY != 0 {
+            for _ in 0..TRANSMIT_FIFO {
+                serial.write(DATA, b'x');
+                written += 1;
+            }
+        }
+        assert_eq!(serial.take_lost(), 0);
+        assert_eq!(serial.read(IIR) & 0xf, IIR_TRANSMITTER);
+        while fired(serial.interrupt()) {}
+        let mut buffer = [0; 4096];
+        let mut taken = serial.take_output(&mut buffer);
+        assert!(fired(serial.interrupt()), "room again: the transmitter interrupt tells the driver");
+        while let count @ 1.. = serial.take_output(&mut buffer) {
+            taken += count;
+        }
+        assert_eq!(taken, written);
+    }
+
+    #[test]
+    fn a_guest_that_ignores_the_line_status_is_bounded_and_its_loss_counted() {
+        let mut serial = serial();
+        for _ in 0..10 * OUTPUT_CAPACITY {
+            serial.write(DATA, b'x');
+        }
+        assert_eq!(serial.take_lost() as usize, 9 * OUTPUT_CAPACITY);
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_waits_on_the_host_until_the_guest_has_read() {
+        let mut serial = serial();
+        serial.write(IER, IER_RECEIVED);
+        let flood = [b'a'; 1000];
+        assert_eq!(serial.offer_input(&flood), INPUT_CAPACITY);
+        assert_eq!(serial.offer_input(&flood), 0);
+        assert!(!serial.want_input());
+        assert!(fired(serial.interrupt()));
+        for _ in 0..INPUT_CAPACITY {
+            assert!(!fired(serial.wake_fd()));
+            assert_eq!(serial.read(IIR) & 0xf, IIR_RECEIVED);
+            assert_eq!(serial.read(DATA), b'a');
+        }
+        assert!(fired(serial.wake_fd()), "the vmm thread may offer more");
+        assert_eq!(serial.read(LSR) & LSR_DATA_READY, 0);
+    }
+
+    #[test]
+    fn sixteen_bytes_cost_one_interrupt() {
+        let mut serial = serial();
+        serial.write(IER, IER_TRANSMITTER);
+        serial.read(IIR);
+        while fired(serial.interrupt()) {}
+        for _ in 0..16 {
+            serial.write(DATA, b'x');
+        }
+        assert_eq!(serial.interrupt().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_driver_that_stopped_with_an_interrupt_pending_can_start_again() {
+        let mut serial = serial();
+        serial.write(IER, IER_TRANSMITTER);
+        serial.read(IIR);
+        serial.write(DATA, b'x');
+        serial.write(IER, 0);
+        while fired(serial.interrupt()) {}
+        serial.write(IER, IER_TRANSMITTER);
+        assert!(fired(serial.interrupt()));
+        assert_eq!(serial.read(IIR) & 0xf, IIR_TRANSMITTER);
+    }
+
+    #[test]
+    fn a_driver_probing_the_port_finds_a_16550a() {
+        let mut serial = serial();
+        serial.write(SCR, 0x55);
+        assert_eq!(serial.read(SCR), 0x55);
+        assert_eq!(serial.read(IIR) & IIR_FIFO, IIR_FIFO);
+        serial.write(MCR, MCR_LOOP | 0xa);
+        assert_eq!(serial.read(MSR) & 0xf0, 0x90, "RTS and OUT2 come back as CTS and DCD");
+        serial.write(MCR, 0);
+        serial.write(LCR, LCR_DLAB);
+        serial.write(DATA, 1);
+        assert_eq!((serial.read(DATA), serial.read(IER)), (1, 0));
+    }
+}

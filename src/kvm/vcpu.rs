@@ -1,0 +1,301 @@
+//! A vCPU and its thread.
+//!
+//! ```text
+//!  Parked ──Run──▶ Running ──Park──▶ Parked
+//!     └──────────────┴──Stop, or an exit nobody can handle──▶ Exited
+//! ```
+//!
+//! The vmm thread states a [`Wish`]; the thread follows it between two entries into the guest and
+//! says so through one eventfd that all vCPUs share. To break into KVM_RUN the vmm thread sets
+//! `immediate_exit` in the shared `kvm_run` page and then sends a signal whose handler does
+//! nothing: whichever side of the entry the vCPU is on, it comes out, so no kick is lost.
+
+use std::ffi::c_int;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Error;
+
+/// Touched only where it is used: deep enough for a device access, small enough for 32 of them.
+const STACK_SIZE: usize = 128 << 10;
+
+/// Where the guest's accesses go.
+pub trait Exits: Send + Sync {
+    /// IN from `port`.
+    fn io_in(&self, port: u16, data: &mut [u8]);
+    /// OUT to `port`.
+    fn io_out(&self, port: u16, data: &[u8]);
+    /// A load from `gpa` outside RAM.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    /// A store to `gpa` outside RAM.
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+}
+
+/// What the vmm thread wants a vCPU to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Execute guest code.
+    Run,
+    /// Stay out of the guest, with every exit completed.
+    Park,
+    /// End the thread.
+    Stop,
+}
+
+/// Why a vCPU stopped for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// The guest asked for it: triple fault, or a system event.
+    GuestEnd(&'static str),
+    /// The VMM or KVM cannot go on; a sentence a person can act on.
+    Failure(String),
+}
+
+#[derive(Debug)]
+enum State {
+    Parked,
+    Running,
+    Exited(Option<Report>),
+}
+
+/// What the thread and its handle share.
+#[derive(Debug)]
+struct Shared {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    /// Tells the vmm thread that some vCPU parked or exited.
+    to_vmm: Arc<EventFd>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    wish: Wish,
+    state: State,
+    immediate_exit: ImmediateExit,
+}
+
+/// `immediate_exit` of the vCPU's `kvm_run` page.
+#[derive(Debug)]
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the pointee is an atomic in a mapping shared with the kernel; it may be used from any
+// thread. It is used only under `Shared::inner` while the state is not `Exited`, and the thread
+// enters `Exited` under that lock before it drops the mapping.
+unsafe impl Send for ImmediateExit {}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn notify_vmm(&self) {
+        // An overflowing counter is already readable, so a failed write loses nothing.
+        let _ = self.to_vmm.write(1);
+    }
+}
+
+/// The vmm thread's handle of a vCPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    shared: Arc<Shared>,
+    thread: JoinHandle<()>,
+}
+
+/// What a vCPU is doing, seen from the vmm thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Run {
+    /// In the guest or handling an exit.
+    Running,
+    /// Parked.
+    Parked,
+    /// Ended, on request (`None`) or with a reason.
+    Exited(Option<Report>),
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `id`, parked. `to_vmm` is signalled when it parks or exits.
+    pub fn spawn<E: Exits + 'static>(
+        id: u8,
+        mut fd: VcpuFd,
+        exits: Arc<E>,
+        to_vmm: Arc<EventFd>,
+    ) -> Result<Self, Error> {
+        let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
+        let shared = Arc::new(Shared {
+            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit }),
+            changed: Condvar::new(),
+            to_vmm,
+        });
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK_SIZE)
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || live(&shared, &mut fd, exits.as_ref())
+            })
+            .map_err(|source| Error::Thread(id, source))?;
+        Ok(Self { shared, thread })
+    }
+
+    /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
+    pub fn wish(&self, wish: Wish) {
+        let mut inner = self.shared.lock();
+        if matches!(inner.state, State::Exited(_)) {
+            return;
+        }
+        inner.wish = wish;
+        if wish == Wish::Run {
+            // Seen by the vmm thread at once, so that a park right after it is not taken for done.
+            inner.state = State::Running;
+        } else {
+            // SAFETY: the state is not `Exited` and the lock is held, so the page is mapped.
+            unsafe { &*inner.immediate_exit.0 }.store(1, Ordering::SeqCst);
+            // SAFETY: the handle is not joined, so the thread id is valid; the handler of the kick
+            // signal does nothing.
+            unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
+        }
+        drop(inner);
+        self.shared.changed.notify_one();
+    }
+
+    /// What it is doing.
+    pub fn state(&self) -> Run {
+        match &self.shared.lock().state {
+            State::Parked => Run::Parked,
+            State::Running => Run::Running,
+            State::Exited(report) => Run::Exited(report.clone()),
+        }
+    }
+
+    /// Waits for the thread to end; call after [`Wish::Stop`].
+    pub fn join(self) {
+        // The thread ends by returning: a panic aborts the process.
+        let _ = self.thread.join();
+    }
+}
+
+/// The thread: follows wishes until it exits.
+fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) {
+    let report = loop {
+        let wish = {
+            let mut inner = shared.lock();
+            while inner.wish == Wish::Park {
+                if !matches!(inner.state, State::Parked) {
+                    inner.state = State::Parked;
+                    shared.notify_vmm();
+                }
+                inner = shared.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            }
+            // Cleared under the lock that sets it: a later wish is never wiped out.
+            fd.set_kvm_immediate_exit(0);
+            inner.wish
+        };
+        if wish == Wish::Stop {
+            break None;
+        }
+        if let Err(report) = run_until_kicked(shared, fd, exits) {
+            break Some(report);
+        }
+        // Only the next entry completes the last MMIO or port access in the guest's registers.
+        fd.set_kvm_immediate_exit(1);
+        let _ = fd.run();
+    };
+    shared.lock().state = State::Exited(report);
+    shared.notify_vmm();
+}
+
+/// Executes guest code until the wish is no longer `Run`.
+fn run_until_kicked<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) -> Result<(), Report> {
+    loop {
+        match fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => exits.io_out(port, data),
+            Ok(VcpuExit::MmioWrite(gpa, data)) => exits.mmio_write(gpa, data),
+            Ok(VcpuExit::MmioRead(gpa, data)) => exits.mmio_read(gpa, data),
+            Ok(VcpuExit::IoIn(port, data)) => exits.io_in(port, data),
+            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Shutdown) => return Err(Report::GuestEnd("triple fault")),
+            Ok(VcpuExit::SystemEvent(kind, _)) => return Err(system_event(kind)),
+            Ok(VcpuExit::InternalError) => return Err(internal_error(fd)),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                return Err(Report::Failure(format!(
+                    "the processor refused to enter the guest (hardware reason {reason:#x} on host CPU {cpu}): \
+                     the host's KVM or microcode is at fault, see its kernel log"
+                )));
+            }
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                return Err(Report::Failure(format!("KVM cannot reach the guest memory at {gpa:#x}")));
+            }
+            Ok(other) => {
+                return Err(Report::Failure(format!("KVM ended the guest with an unexpected exit: {other:?}")));
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR => {}
+                libc::EAGAIN => continue,
+                _ => return Err(Report::Failure(format!("KVM_RUN failed: {error}"))),
+            },
+        }
+        // `immediate_exit` is the wish seen without a lock: it is set with every wish but `Run`.
+        if fd.get_kvm_run().immediate_exit != 0 && shared.lock().wish != Wish::Run {
+            return Ok(());
+        }
+    }
+}
+
+fn system_event(kind: u32) -> Report {
+    match kind {
+        KVM_SYSTEM_EVENT_SHUTDOWN => Report::GuestEnd("shutdown"),
+        KVM_SYSTEM_EVENT_RESET => Report::GuestEnd("reset"),
+        KVM_SYSTEM_EVENT_CRASH => Report::GuestEnd("crash"),
+        _ => Report::Failure(format!("KVM reported the unknown system event {kind}")),
+    }
+}
+
+fn internal_error(fd: &mut VcpuFd) -> Report {
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, so `internal` is the member KVM filled.
+    let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    let what = match suberror {
+        1 => "an instruction it cannot emulate",
+        2 => "a fault while it delivered another",
+        3 => "a fault while it delivered an event",
+        4 => "an exit it does not know",
+        _ => "an internal error",
+    };
+    let rip = fd.get_regs().map(|regs| regs.rip).unwrap_or(0);
+    let advice = if hardware_virtualization() {
+        "the guest kernel is broken or the host's KVM has a bug"
+    } else {
+        "this host's KVM works without hardware virtualization (no vmx or svm flag in /proc/cpuinfo) and cannot run \
+         stock guests: use a host that can, or run in the lab with tools/lab"
+    };
+    Report::Failure(format!("KVM met {what} at {rip:#x} (KVM_EXIT_INTERNAL_ERROR, suberror {suberror}): {advice}"))
+}
+
+/// Whether the processor offers VMX or SVM.
+fn hardware_virtualization() -> bool {
+    use std::arch::x86_64::__cpuid;
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    __cpuid(1).ecx & VMX != 0 || (__cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & SVM != 0)
+}
+
+fn kick_signal() -> c_int {
+    libc::SIGRTMIN()
+}
+
+/// Gives the kick signal a handler that does nothing, so that it interrupts KVM_RUN and nothing
+/// else. Once per process, before the first vCPU.
+pub fn install_kick_handler() {
+    extern "C" fn nothing(_: c_int) {}
+    // SAFETY: all-zero is a valid `sigaction`; the handler touches nothing.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        libc::sigaction(kick_signal(), &action, std::ptr::null_mut());
+    }
+}

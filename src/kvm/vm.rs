@@ -1,0 +1,94 @@
+//! The VM: memory slots, interrupt controllers, event descriptors.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Error, ioctl};
+use crate::memory::{self, GuestRam};
+
+/// `/dev/kvm`, checked, with what it supports read once.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+    supported_cpuid: CpuId,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and reads the CPUID leaves it supports (the read costs a quarter of a
+    /// millisecond, so it is done once).
+    pub fn open() -> Result<Self, Error> {
+        let fd = kvm_ioctls::Kvm::new().map_err(Error::Open)?;
+        if fd.get_api_version() != 12 {
+            return Err(Error::Lacks("API version 12"));
+        }
+        for (cap, name) in [
+            (Cap::Irqchip, "in-kernel interrupt controllers"),
+            (Cap::Pit2, "the in-kernel timer"),
+            (Cap::Ioeventfd, "ioeventfd"),
+            (Cap::Irqfd, "irqfd"),
+            (Cap::UserMemory, "user memory regions"),
+            (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
+            (Cap::ImmediateExit, "immediate_exit"),
+        ] {
+            if !fd.check_extension(cap) {
+                return Err(Error::Lacks(name));
+            }
+        }
+        let supported_cpuid =
+            fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self { fd, supported_cpuid })
+    }
+
+    /// The leaves KVM can show a guest on this host.
+    pub fn supported_cpuid(&self) -> &CpuId {
+        &self.supported_cpuid
+    }
+}
+
+/// A VM without vCPUs.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+}
+
+impl Vm {
+    /// Makes a VM over `ram`, with PIC, I/O APIC, local APICs and PIT in the kernel.
+    pub fn new(kvm: &Kvm, ram: &GuestRam) -> Result<Self, Error> {
+        let fd = kvm.fd.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        fd.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(memory::KVM_TSS as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+        for slot in ram.slots() {
+            let region = kvm_userspace_memory_region {
+                slot: slot.index,
+                flags: 0,
+                guest_phys_addr: slot.gpa,
+                memory_size: slot.size,
+                userspace_addr: slot.host,
+            };
+            // SAFETY: the range is a mapping that `ram` owns. The machine owns both `ram` and this
+            // VM and drops the VM first, and `ram` never unmaps a slot while it lives.
+            unsafe { fd.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        fd.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
+        // The dummy speaker port keeps guests that beep from exiting to us.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+        Ok(Self { fd })
+    }
+
+    /// Makes the descriptor of vCPU `id`.
+    pub fn create_vcpu(&self, id: u8) -> Result<kvm_ioctls::VcpuFd, Error> {
+        self.fd.create_vcpu(u64::from(id)).map_err(ioctl("KVM_CREATE_VCPU"))
+    }
+
+    /// A guest write of any width and value at `gpa` signals `event`, without an exit to us.
+    pub fn register_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), Error> {
+        self.fd.register_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch).map_err(ioctl("KVM_IOEVENTFD"))
+    }
+
+    /// A write to `event` pulses I/O APIC pin `gsi`.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
+        self.fd.register_irqfd(event, gsi).map_err(ioctl("KVM_IRQFD"))
+    }
+}

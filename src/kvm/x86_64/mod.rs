@@ -1,0 +1,5 @@
+//! What a vCPU holds before its first instruction.
+
+pub mod cpuid;
+pub mod msrs;
+pub mod regs;

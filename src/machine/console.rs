@@ -1,0 +1,237 @@
+//! The host's side of the serial port: where output goes, where input comes from.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::config::TokenBucketConfig;
+use crate::devices::serial::Serial;
+use crate::devices::virtio::rate_limiter::TokenBucket;
+use crate::event_loop::{EventLoop, Token, When};
+use crate::metrics::METRICS;
+
+/// Bytes moved per call: what a pipe that polls as writable takes without blocking (`PIPE_BUF`).
+const CHUNK: usize = 4096;
+
+/// Settings of the terminal before it was made raw; put back at the end, whatever the end.
+static COOKED: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+/// Destination and source of the serial port.
+#[derive(Debug)]
+pub struct Console {
+    /// `None`: standard output.
+    file: Option<File>,
+    limiter: Option<TokenBucket>,
+    /// The limiter's time zero.
+    opened: Instant,
+    /// Taken from the guest but not yet by the destination.
+    pending: Vec<u8>,
+    /// The destination is watched for room.
+    output_watched: bool,
+    input: Input,
+}
+
+/// Standard input.
+#[derive(Debug, PartialEq, Eq)]
+enum Input {
+    /// Not the guest's, or ended.
+    None,
+    /// Watched by the event loop.
+    Watched,
+    /// The UART is full: not watched, so that a flood waits in the kernel.
+    Waiting,
+}
+
+impl Console {
+    /// A console that writes to `file`, or to standard output if `None`; what is over `limit` is
+    /// dropped.
+    pub fn new(file: Option<File>, limit: Option<&TokenBucketConfig>) -> Self {
+        let opened = Instant::now();
+        let limiter = limit.map(|config| TokenBucket::new(config, 0));
+        Self { file, limiter, opened, pending: Vec::new(), output_watched: false, input: Input::None }
+    }
+
+    /// Gives the guest standard input, unless the console goes to a file. A terminal in the
+    /// foreground becomes raw: its keys, Ctrl-C too, belong to the guest.
+    pub fn open_input(&mut self, events: &EventLoop) {
+        if self.file.is_some() {
+            return;
+        }
+        if io::stdin().is_terminal() && !make_raw() {
+            return;
+        }
+        // Closed, `/dev/null` and regular files cannot be watched: they are no input.
+        if events.add(libc::STDIN_FILENO, When::Readable, Token::Input).is_ok() {
+            self.input = Input::Watched;
+        }
+    }
+
+    /// Moves the guest's output to its destination, as far as that takes it without blocking.
+    pub fn write_output(&mut self, serial: &Mutex<Serial>, events: &EventLoop) {
+        loop {
+            if self.pending.is_empty() && !self.fetch(serial) {
+                return;
+            }
+            match self.write_some() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.watch_output(events);
+                    return;
+                }
+                // A reader that went away or a full disk: the guest must not notice.
+                Err(_) => {
+                    METRICS.uart.missed_write_count.add(self.pending.len() as u64);
+                    self.pending.clear();
+                }
+            }
+        }
+    }
+
+    /// Reads standard input and offers it to the guest.
+    pub fn read_input(&mut self, serial: &Mutex<Serial>, events: &EventLoop) {
+        let mut buffer = [0; 64];
+        let room = lock(serial).input_room().min(buffer.len());
+        if room == 0 {
+            self.pause_input(serial, events);
+            return;
+        }
+        match stdio(libc::STDIN_FILENO).read(&mut buffer[..room]) {
+            Ok(0) => self.close_input(events),
+            Ok(count) => {
+                METRICS.uart.read_count.add(count as u64);
+                lock(serial).offer_input(&buffer[..count]);
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => self.close_input(events),
+        }
+    }
+
+    /// The guest has read: watch standard input again.
+    pub fn resume_input(&mut self, events: &EventLoop) {
+        if self.input == Input::Waiting && events.add(libc::STDIN_FILENO, When::Readable, Token::Input).is_ok() {
+            self.input = Input::Watched;
+        }
+    }
+
+    /// Takes what is left at the end; a destination that takes nothing for a second loses it.
+    pub fn finish(&mut self, serial: &Mutex<Serial>) {
+        while (!self.pending.is_empty() || self.fetch(serial)) && poll_out(self.fd(), 1000) {
+            if self.write_some().is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Fills `pending` from the UART; false when there is nothing. What is over the limit is taken
+    /// and dropped, so that the guest does not wait for it.
+    fn fetch(&mut self, serial: &Mutex<Serial>) -> bool {
+        loop {
+            self.pending.resize(CHUNK, 0);
+            let (count, lost) = {
+                let mut serial = lock(serial);
+                (serial.take_output(&mut self.pending), serial.take_lost())
+            };
+            self.pending.truncate(count);
+            METRICS.uart.missed_write_count.add(lost);
+            let Some(limiter) = &mut self.limiter else { return count > 0 };
+            let now = u64::try_from(self.opened.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            if count == 0 || limiter.admit(count as u64, now) {
+                return count > 0;
+            }
+            METRICS.uart.rate_limiter_dropped_bytes.add(count as u64);
+        }
+    }
+
+    /// One write of what is pending. Fails with `WouldBlock` rather than to block.
+    fn write_some(&mut self) -> io::Result<()> {
+        if !poll_out(self.fd(), 0) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let written = match stdio(self.fd()).write(&self.pending) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            result => result?,
+        };
+        METRICS.uart.write_count.add(written as u64);
+        self.pending.drain(..written);
+        Ok(())
+    }
+
+    fn watch_output(&mut self, events: &EventLoop) {
+        // Edge-triggered: registered once, reported each time there is room again. What cannot be
+        // watched is a regular file, which never blocks.
+        if !self.output_watched {
+            self.output_watched = events.add(self.fd(), When::BecameWritable, Token::OutputReady).is_ok();
+        }
+    }
+
+    fn pause_input(&mut self, serial: &Mutex<Serial>, events: &EventLoop) {
+        if events.remove(libc::STDIN_FILENO).is_ok() {
+            self.input = Input::Waiting;
+        }
+        // From here the UART tells when it has room; it may have got some meanwhile.
+        if lock(serial).want_input() {
+            self.resume_input(events);
+        }
+    }
+
+    fn close_input(&mut self, events: &EventLoop) {
+        let _ = events.remove(libc::STDIN_FILENO);
+        self.input = Input::None;
+    }
+
+    fn fd(&self) -> RawFd {
+        self.file.as_ref().map_or(libc::STDOUT_FILENO, AsRawFd::as_raw_fd)
+    }
+}
+
+fn lock(serial: &Mutex<Serial>) -> std::sync::MutexGuard<'_, Serial> {
+    serial.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A descriptor that somebody else owns, as a file without a buffer.
+fn stdio(fd: RawFd) -> ManuallyDrop<File> {
+    // SAFETY: the descriptor is only borrowed: `ManuallyDrop` keeps it from being closed. One that
+    // is not open yields errors.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Whether `fd` takes at least `PIPE_BUF` bytes within `timeout` milliseconds.
+fn poll_out(fd: RawFd, timeout: i32) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: `poll` is one valid pollfd.
+    unsafe { libc::poll(&mut poll, 1, timeout) == 1 }
+}
+
+/// Makes the terminal on standard input raw. False if it is not ours to use: a background process
+/// that changed it would be stopped.
+fn make_raw() -> bool {
+    // SAFETY: plain queries; `termios` is valid when all-zero and filled by `tcgetattr`.
+    unsafe {
+        if libc::tcgetpgrp(libc::STDIN_FILENO) != libc::getpgrp() {
+            return false;
+        }
+        let mut settings: libc::termios = std::mem::zeroed();
+        if libc::tcgetattr(libc::STDIN_FILENO, &mut settings) != 0 {
+            return false;
+        }
+        let mut raw = settings;
+        libc::cfmakeraw(&mut raw);
+        // Output stays cooked: the log shares the terminal with the guest.
+        raw.c_oflag = settings.c_oflag;
+        *COOKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+        libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw) == 0
+    }
+}
+
+/// Leaves the terminal as it was found. Never waits: it runs in signal handlers too.
+pub fn restore_terminal() {
+    if let Ok(mut cooked) = COOKED.try_lock()
+        && let Some(settings) = cooked.take()
+    {
+        // SAFETY: `settings` came from `tcgetattr`; `tcsetattr` is async-signal-safe.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &settings) };
+    }
+}

@@ -1,0 +1,98 @@
+//! Opening what the configuration names, when it is named: a bad path is refused at once, and the
+//! file that is used later is the one that was checked.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::Error;
+use crate::boot::kernel;
+use crate::config::{BootSource, DriveConfig};
+
+/// The opened files of a configuration.
+#[derive(Debug, Default)]
+pub struct Files {
+    /// Kernel image.
+    pub kernel: Option<File>,
+    /// Initial RAM disk.
+    pub initrd: Option<File>,
+    /// Destination of the serial port.
+    pub serial: Option<File>,
+    drives: HashMap<String, File>,
+}
+
+impl Files {
+    /// Opens kernel and initrd; keeps what there was if either cannot be used.
+    pub fn set_boot_source(&mut self, source: &BootSource) -> Result<(), Error> {
+        let image = open_image("kernel_image_path", &source.kernel_image_path)?;
+        kernel::inspect(&image)
+            .map_err(|error| Error::Kernel { path: source.kernel_image_path.clone(), source: error })?;
+        let initrd = source.initrd_path.as_deref().map(|path| open_image("initrd_path", path)).transpose()?;
+        (self.kernel, self.initrd) = (Some(image), initrd);
+        Ok(())
+    }
+
+    /// Opens the file of a drive.
+    pub fn set_drive(&mut self, drive: &DriveConfig) -> Result<(), Error> {
+        let file = open_drive(&drive.path_on_host, drive.is_read_only)?;
+        self.drives.insert(drive.drive_id.clone(), file);
+        Ok(())
+    }
+
+    /// A descriptor of its own for the device of drive `id`: a start that fails can be tried again.
+    pub fn drive(&self, id: &str) -> Option<std::io::Result<File>> {
+        self.drives.get(id).map(File::try_clone)
+    }
+
+    /// Opens where the serial port writes to: a file, made if missing, or a FIFO with a reader.
+    pub fn set_serial(&mut self, path: Option<&Path>) -> Result<(), Error> {
+        self.serial = path
+            .map(|path| {
+                crate::log::open_append(path).map_err(|source| Error::Open {
+                    what: "serial_out_path",
+                    path: path.to_owned(),
+                    source,
+                })
+            })
+            .transpose()?;
+        Ok(())
+    }
+
+    /// What the machine has taken over is not needed any more.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Opens a drive's backing file: raw, never probed, a regular file or a block device.
+pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Error> {
+    open("path_on_host", path, !read_only, "it must be a regular file or a block device", |kind| {
+        kind.is_file() || kind.is_block_device()
+    })
+}
+
+fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
+    open(what, path, false, "it must be a regular file", |kind| kind.is_file())
+}
+
+fn open(
+    what: &'static str,
+    path: &Path,
+    write: bool,
+    wanted: &'static str,
+    fits: fn(std::fs::FileType) -> bool,
+) -> Result<File, Error> {
+    let fail = |source| Error::Open { what, path: path.to_owned(), source };
+    // Without O_NONBLOCK a FIFO would hold up the vmm thread; regular files do not care.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(fail)?;
+    if !fits(file.metadata().map_err(fail)?.file_type()) {
+        return Err(Error::Kind { what, path: path.to_owned(), wanted });
+    }
+    Ok(file)
+}

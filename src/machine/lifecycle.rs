@@ -1,0 +1,448 @@
+//! The vmm thread: collects the configuration, then runs the machine, pauses and ends it.
+//!
+//! Parking vCPUs is a state of the event loop, never a wait: commands that arrive meanwhile are
+//! answered when the pause is complete.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{broadcast, oneshot};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::console::Console;
+use super::files::{self, Files};
+use super::shell::{Layout, Shell};
+use super::{Error, chain, fill};
+use crate::config::{DriveUpdate, MetricsConfig, VmConfig};
+use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
+use crate::devices::boot_timer::BootTimer;
+use crate::devices::bus::Bus;
+use crate::devices::virtio::{Block, ConfigChange, Device};
+use crate::event_loop::{EventLoop, Token, When};
+use crate::kvm::x86_64::cpuid::Topology;
+use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
+use crate::memory::GuestRam;
+use crate::metrics::JsonLines;
+use crate::signals::Termination;
+use crate::{log, metrics};
+
+/// How the process ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// Exit status.
+    pub status: u8,
+    /// A sentence a person can act on.
+    pub reason: String,
+}
+
+impl Ending {
+    fn clean(reason: &str) -> Self {
+        Self { status: 0, reason: reason.to_owned() }
+    }
+
+    fn failure(reason: String) -> Self {
+        Self { status: 1, reason }
+    }
+}
+
+/// A machine that has started. RAM comes last: the VM that refers to it is dropped first.
+struct Machine {
+    vcpus: Vec<Vcpu>,
+    vcpu_event: Arc<EventFd>,
+    bus: Arc<Bus>,
+    console: Console,
+    _vm: Vm,
+    _ram: GuestRam,
+}
+
+/// The metrics file and when to write it.
+struct Metrics {
+    lines: JsonLines,
+    _timer: TimerFd,
+}
+
+/// Between two lines of the metrics file.
+const METRICS_PERIOD: Duration = Duration::from_secs(60);
+
+/// The vmm thread's state.
+pub struct Vmm {
+    id: String,
+    boot_timer: Option<BootTimer>,
+    state: Lifecycle,
+    config: VmConfig,
+    files: Files,
+    machine: Option<Machine>,
+    events: EventLoop,
+    commands: CommandReceiver,
+    /// `None` after the last event.
+    subscribers: Option<broadcast::Sender<Event>>,
+    metrics: Option<Metrics>,
+    /// Watched as long as the vmm thread lives.
+    _termination: Termination,
+    /// Who waits for the pause under way.
+    parking: Option<oneshot::Sender<Answer>>,
+    /// What arrived during it.
+    deferred: VecDeque<Request>,
+}
+
+impl Vmm {
+    /// A vmm thread without a machine. `boot_timer` measures from the start to the guest's signal.
+    pub fn new(
+        id: String,
+        boot_timer: Option<BootTimer>,
+        commands: CommandReceiver,
+        subscribers: broadcast::Sender<Event>,
+        termination: Termination,
+    ) -> Result<Self, Error> {
+        let events = EventLoop::new().map_err(watch)?;
+        events.add(commands.wake().as_raw_fd(), When::BecameReadable, Token::Command).map_err(watch)?;
+        events.add(termination.as_raw_fd(), When::Readable, Token::Signal).map_err(watch)?;
+        Ok(Self {
+            id,
+            boot_timer,
+            state: Lifecycle::Configuring,
+            config: VmConfig::default(),
+            files: Files::default(),
+            machine: None,
+            events,
+            commands,
+            subscribers: Some(subscribers),
+            metrics: None,
+            _termination: termination,
+            parking: None,
+            deferred: VecDeque::new(),
+        })
+    }
+
+    /// Serves commands and devices until the microVM ends.
+    pub fn run(&mut self) -> Ending {
+        loop {
+            let tokens = match self.events.wait() {
+                Ok(tokens) => tokens,
+                Err(error) => return self.end(Ending::failure(format!("cannot wait for events: {error}"))),
+            };
+            for token in tokens {
+                if let Some(ending) = self.dispatch(token) {
+                    return self.end(ending);
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self, token: Token) -> Option<Ending> {
+        match token {
+            Token::Command => self.serve_commands(),
+            Token::Signal => return Some(Ending::clean("stopped by a signal")),
+            Token::Metrics => self.write_metrics(),
+            _ => {}
+        }
+        let machine = self.machine.as_mut()?;
+        let (serial, events) = (&machine.bus.serial, &self.events);
+        match token {
+            Token::Device(index, tag) => {
+                if let Some(device) = machine.bus.virtio.get(usize::from(index)) {
+                    device.on_event(tag);
+                }
+            }
+            Token::Vcpu => return self.vcpus_changed(),
+            Token::Reset => return Some(Ending::clean("the guest reset the machine")),
+            Token::Serial => {
+                machine.console.write_output(serial, events);
+                machine.console.resume_input(events);
+            }
+            Token::OutputReady => machine.console.write_output(serial, events),
+            Token::Input => machine.console.read_input(serial, events),
+            Token::Command | Token::Signal | Token::Metrics => {}
+        }
+        None
+    }
+
+    /// Executes a command now; for a configuration file, before the event loop runs.
+    pub fn execute(&mut self, command: Command) -> Answer {
+        command.permitted(self.state)?;
+        match command {
+            Command::GetInstance => return Ok(Reply::Instance { id: self.id.clone(), state: self.state }),
+            Command::GetConfig => return Ok(Reply::Config(Box::new(self.config.clone()))),
+            Command::SetBootSource(source) => {
+                self.files.set_boot_source(&source).map_err(refuse)?;
+                self.config.boot_source = Some(source);
+            }
+            Command::SetMachine(machine) => self.config.machine = machine,
+            Command::PatchMachine(update) => self.config.machine = update.apply(&self.config.machine)?,
+            Command::SetDrive(drive) => {
+                let mut config = self.config.clone();
+                config.set_drive(drive.clone())?;
+                self.files.set_drive(&drive).map_err(refuse)?;
+                self.config = config;
+            }
+            Command::UpdateDrive(update) => self.update_drive(&update)?,
+            Command::SetSerial(serial) => {
+                self.files.set_serial(serial.serial_out_path.as_deref()).map_err(refuse)?;
+                self.config.serial = Some(serial);
+            }
+            Command::SetLogger(logger) => {
+                log::configure(&logger).map_err(|source| {
+                    let path = logger.log_path.clone().unwrap_or_default();
+                    refuse(Error::Open { what: "log_path", path, source })
+                })?;
+                self.config.logger = Some(logger);
+            }
+            Command::SetMetrics(config) => {
+                self.metrics = Some(self.open_metrics(&config).map_err(refuse)?);
+                self.config.metrics = Some(config);
+            }
+            Command::Start => self.start()?,
+            Command::FlushMetrics => self.flush_metrics()?,
+            Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
+            Command::Pause => self.park(None),
+            Command::Resume => self.resume(),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn serve_commands(&mut self) {
+        while let Some(request) = self.commands.next() {
+            if self.parking.is_some() {
+                self.deferred.push_back(request);
+            } else {
+                self.serve(request);
+            }
+        }
+    }
+
+    fn serve(&mut self, request: Request) {
+        let Request { command, reply } = request;
+        if matches!(command, Command::Pause) && self.state == Lifecycle::Running {
+            return self.park(Some(reply));
+        }
+        // The client may have gone away; what it asked for is done all the same.
+        let _ = reply.send(self.execute(command));
+    }
+
+    fn start(&mut self) -> Result<(), Refusal> {
+        if let Some(timer) = &self.boot_timer {
+            timer.start();
+        }
+        let machine = self.build().map_err(refuse)?;
+        self.watch_machine(&machine).map_err(refuse)?;
+        let machine = self.machine.insert(machine);
+        machine.console.open_input(&self.events);
+        self.files.clear();
+        for vcpu in &machine.vcpus {
+            vcpu.wish(Wish::Run);
+        }
+        self.enter(Lifecycle::Running, Event::Started);
+        Ok(())
+    }
+
+    /// Shell, fill: everything up to the first instruction. What was made goes away on failure.
+    fn build(&self) -> Result<Machine, Error> {
+        let (Some(source), Some(kernel)) = (&self.config.boot_source, &self.files.kernel) else {
+            return Err(Error::NoBootSource);
+        };
+        let config = &self.config.machine;
+        let layout = Layout {
+            topology: Topology { vcpus: config.vcpu_count, threads_per_core: if config.smt { 2 } else { 1 } },
+            ram_bytes: config.mem_size_mib << 20,
+            huge_pages: config.huge_pages,
+        };
+        let shell = Shell::new(layout, || self.devices(), self.boot_timer.clone())?;
+        fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
+        let serial = self.config.serial.clone().unwrap_or_default();
+        let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
+        let file = file.map_err(|source| Error::Event("duplicate the serial port's descriptor", source))?;
+        let console = Console::new(file, serial.rate_limiter.as_ref());
+        let Shell { vcpu_fds, bus, vm, ram, vcpu_event } = shell;
+        let vcpus = (0..)
+            .zip(vcpu_fds)
+            .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
+            .collect::<Result<_, _>>()?;
+        Ok(Machine { vcpus, vcpu_event, bus, console, _vm: vm, _ram: ram })
+    }
+
+    fn devices(&self) -> Result<Vec<Device>, Error> {
+        self.config
+            .drives
+            .iter()
+            .map(|drive| {
+                let fail = |source| Error::Open { what: "path_on_host", path: drive.path_on_host.clone(), source };
+                let file =
+                    self.files.drive(&drive.drive_id).unwrap_or(Err(io::ErrorKind::NotFound.into())).map_err(fail)?;
+                let block = Block::new(drive, file, metrics::register_block(&drive.drive_id))
+                    .map_err(|source| Error::Drive { id: drive.drive_id.clone(), source })?;
+                Ok(Device::Block(block))
+            })
+            .collect()
+    }
+
+    fn watch_machine(&self, machine: &Machine) -> Result<(), Error> {
+        let mut fds = vec![
+            (machine.vcpu_event.as_raw_fd(), Token::Vcpu),
+            (machine.bus.i8042().reset_fd().as_raw_fd(), Token::Reset),
+            (machine.bus.serial().wake_fd().as_raw_fd(), Token::Serial),
+        ];
+        for (index, device) in (0..).zip(&machine.bus.virtio) {
+            fds.extend(device.sources().into_iter().map(|source| (source.fd, Token::Device(index, source.tag))));
+        }
+        for (fd, token) in fds {
+            self.events.add(fd, When::BecameReadable, token).map_err(watch)?;
+        }
+        Ok(())
+    }
+
+    fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), Refusal> {
+        let unknown = || Refusal(format!("drive_id {:?} names no drive: see GET /vm/config", update.drive_id));
+        let index = self.config.drives.iter().position(|d| d.drive_id == update.drive_id).ok_or_else(unknown)?;
+        let device = self.machine.as_ref().and_then(|m| m.bus.virtio.get(index)).ok_or_else(unknown)?;
+        let drive = &mut self.config.drives[index];
+        // What can fail comes first, so that a refused PATCH changes nothing.
+        if let Some(path) = &update.path_on_host {
+            let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
+            device
+                .update(|Device::Block(block)| block.update_backend(file).map(|()| ConfigChange::Changed))
+                .map_err(|source| refuse(Error::Drive { id: update.drive_id.clone(), source }))?;
+            drive.path_on_host.clone_from(path);
+        }
+        if let Some(limits) = &update.rate_limiter {
+            let Ok(()) = device.update(|Device::Block(block)| {
+                block.update_rate_limiter(limits);
+                Ok::<_, Infallible>(ConfigChange::Unchanged)
+            });
+            limits.apply(&mut drive.rate_limiter);
+        }
+        Ok(())
+    }
+
+    fn open_metrics(&self, config: &MetricsConfig) -> Result<Metrics, Error> {
+        if self.metrics.is_some() {
+            return Err(Error::MetricsTwice);
+        }
+        let open = |source| Error::Open { what: "metrics_path", path: config.metrics_path.clone(), source };
+        let lines = JsonLines::open(config, &self.id).map_err(open)?;
+        let mut timer = TimerFd::new().map_err(|error| watch(error.into()))?;
+        timer.reset(METRICS_PERIOD, Some(METRICS_PERIOD)).map_err(|error| watch(error.into()))?;
+        self.events.add(timer.as_raw_fd(), When::BecameReadable, Token::Metrics).map_err(watch)?;
+        Ok(Metrics { lines, _timer: timer })
+    }
+
+    fn flush_metrics(&mut self) -> Result<(), Refusal> {
+        let Some(metrics) = &mut self.metrics else {
+            return Err(Refusal("There is no metrics file: PUT /metrics before the start.".into()));
+        };
+        metrics.lines.write().map_err(|error| Refusal(format!("Cannot write the metrics: {error}.")))
+    }
+
+    /// A line now and then, and at the end; a reader that went away is counted in the metrics.
+    fn write_metrics(&mut self) {
+        if let Some(metrics) = &mut self.metrics {
+            let _ = metrics.lines.write();
+        }
+    }
+
+    fn press_ctrl_alt_del(&self) -> Result<(), Refusal> {
+        match &self.machine {
+            Some(machine) if machine.bus.i8042().press_ctrl_alt_del() => Ok(()),
+            _ => Err(Refusal("The guest has not read the last keys yet: try again.".into())),
+        }
+    }
+
+    /// Begins a pause; `reply` is answered when it is complete. Idempotent.
+    fn park(&mut self, reply: Option<oneshot::Sender<Answer>>) {
+        if self.state == Lifecycle::Paused {
+            return;
+        }
+        self.parking = reply;
+        for vcpu in self.machine.iter().flat_map(|machine| &machine.vcpus) {
+            vcpu.wish(Wish::Park);
+        }
+    }
+
+    fn resume(&mut self) {
+        if self.state == Lifecycle::Running {
+            return;
+        }
+        let Some(machine) = &self.machine else { return };
+        for device in &machine.bus.virtio {
+            device.resume();
+        }
+        for vcpu in &machine.vcpus {
+            vcpu.wish(Wish::Run);
+        }
+        self.enter(Lifecycle::Running, Event::Resumed);
+    }
+
+    /// A vCPU parked or ended: completes a pause, or ends the machine.
+    fn vcpus_changed(&mut self) -> Option<Ending> {
+        let machine = self.machine.as_ref()?;
+        let mut parked = true;
+        for (id, vcpu) in machine.vcpus.iter().enumerate() {
+            match vcpu.state() {
+                Run::Parked => {}
+                Run::Running => parked = false,
+                Run::Exited(Some(Report::Failure(reason))) => {
+                    return Some(Ending::failure(format!("vCPU {id}: {reason}")));
+                }
+                Run::Exited(Some(Report::GuestEnd(how))) => {
+                    return Some(Ending::clean(&format!("the guest ended: {how}")));
+                }
+                Run::Exited(None) => return Some(Ending::clean("the vCPUs were stopped")),
+            }
+        }
+        if let (true, Some(reply)) = (parked, self.parking.take()) {
+            for device in &machine.bus.virtio {
+                device.quiesce();
+            }
+            self.enter(Lifecycle::Paused, Event::Paused);
+            let _ = reply.send(Ok(Reply::Done));
+            while self.parking.is_none()
+                && let Some(request) = self.deferred.pop_front()
+            {
+                self.serve(request);
+            }
+        }
+        None
+    }
+
+    fn enter(&mut self, state: Lifecycle, event: Event) {
+        self.state = state;
+        if let Some(subscribers) = &self.subscribers {
+            // Nobody may be listening.
+            let _ = subscribers.send(event);
+        }
+    }
+
+    /// The last things a machine does: its output, its figures, its reason. The API thread ends
+    /// when it has passed that on.
+    fn end(&mut self, ending: Ending) -> Ending {
+        if let Some(machine) = &mut self.machine {
+            for device in &machine.bus.virtio {
+                device.quiesce();
+            }
+            machine.console.finish(&machine.bus.serial);
+        }
+        super::restore_terminal();
+        if ending.status == 0 {
+            ::log::info!("The microVM ended: {}.", ending.reason);
+        } else {
+            ::log::error!("The microVM ended: {}.", ending.reason);
+        }
+        self.write_metrics();
+        if let Some(subscribers) = self.subscribers.take() {
+            let _ = subscribers.send(Event::Exited { status: ending.status, reason: ending.reason.clone() });
+        }
+        ending
+    }
+}
+
+fn refuse(error: Error) -> Refusal {
+    Refusal(format!("{}.", chain(&error)))
+}
+
+fn watch(source: io::Error) -> Error {
+    Error::Event("watch a descriptor", source)
+}

@@ -1,0 +1,116 @@
+//! A machine without content: RAM, VM, vCPUs, devices, all wired, nothing in them.
+
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Error;
+use crate::config::HugePages;
+use crate::devices::boot_timer::BootTimer;
+use crate::devices::bus::Bus;
+use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
+use crate::devices::serial::{COM1_IRQ, Serial};
+use crate::devices::virtio::{Device, Interrupt, VirtioMmio};
+use crate::kvm::x86_64::cpuid::{self, Topology};
+use crate::kvm::x86_64::{msrs, regs};
+use crate::kvm::{self, Kvm, Vm};
+use crate::memory::{GuestRam, MmioDevice};
+use crate::metrics::METRICS;
+
+impl kvm::Exits for Bus {
+    fn io_in(&self, port: u16, data: &mut [u8]) {
+        METRICS.vcpu.exit_io_in.inc();
+        Bus::io_in(self, port, data);
+    }
+
+    fn io_out(&self, port: u16, data: &[u8]) {
+        METRICS.vcpu.exit_io_out.inc();
+        Bus::io_out(self, port, data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        METRICS.vcpu.exit_mmio_read.inc();
+        Bus::mmio_read(self, gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        METRICS.vcpu.exit_mmio_write.inc();
+        Bus::mmio_write(self, gpa, data);
+    }
+}
+
+/// What decides the machine's shape.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// vCPUs and how they share cores.
+    pub topology: Topology,
+    /// Guest RAM in bytes.
+    pub ram_bytes: u64,
+    /// Backing of guest RAM.
+    pub huge_pages: HugePages,
+}
+
+/// See the module.
+pub struct Shell {
+    /// vCPU descriptors: their threads start with [`Shell::start_vcpus`].
+    pub vcpu_fds: Vec<kvm_ioctls::VcpuFd>,
+    /// Everything outside RAM.
+    pub bus: Arc<Bus>,
+    /// The VM; dropped before the RAM its slots refer to.
+    pub vm: Vm,
+    /// Guest RAM.
+    pub ram: GuestRam,
+    /// Signalled by vCPUs.
+    pub vcpu_event: Arc<EventFd>,
+}
+
+impl Shell {
+    /// Builds it, in the order that KVM does fastest (see [`crate::kvm`]). `devices` makes the
+    /// virtio devices once RAM exists.
+    pub fn new(
+        layout: Layout,
+        devices: impl FnOnce() -> Result<Vec<Device>, Error>,
+        boot_timer: Option<BootTimer>,
+    ) -> Result<Self, Error> {
+        let kvm = Kvm::open()?;
+        let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
+        let vm = Vm::new(&kvm, &ram)?;
+        let vcpu_fds = (0..layout.topology.vcpus)
+            .map(|id| {
+                let fd = vm.create_vcpu(id)?;
+                let cpuid = cpuid::for_vcpu(kvm.supported_cpuid(), layout.topology, id)?;
+                // CPUID first: it decides which MSRs there are.
+                fd.set_cpuid2(&cpuid).map_err(kvm::ioctl("KVM_SET_CPUID2"))?;
+                msrs::set_boot_msrs(&fd)?;
+                regs::set_fpu(&fd)?;
+                regs::set_lint(&fd)?;
+                Ok(fd)
+            })
+            .collect::<Result<_, kvm::Error>>()?;
+        let bus = wire(&vm, &ram, devices()?, boot_timer)?;
+        Ok(Self { vcpu_fds, bus: Arc::new(bus), vm, ram, vcpu_event: Arc::new(event(0)?) })
+    }
+}
+
+/// Connects devices and interrupt controllers.
+fn wire(vm: &Vm, ram: &GuestRam, devices: Vec<Device>, boot_timer: Option<BootTimer>) -> Result<Bus, Error> {
+    let serial = Serial::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
+    vm.register_irqfd(serial.interrupt(), COM1_IRQ)?;
+    let i8042 = I8042::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
+    vm.register_irqfd(i8042.interrupt(), KEYBOARD_IRQ)?;
+    let mut virtio = Vec::with_capacity(devices.len());
+    for (index, device) in devices.into_iter().enumerate() {
+        let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
+        let interrupt = Arc::new(Interrupt::new(event(libc::EFD_NONBLOCK)?));
+        vm.register_irqfd(interrupt.irqfd(), place.irq)?;
+        let device = VirtioMmio::new(device, ram.memory().clone(), interrupt)
+            .map_err(|source| Error::Event("create an eventfd", source))?;
+        vm.register_ioeventfd(device.kick_fd(), place.base + VirtioMmio::NOTIFY_OFFSET)?;
+        virtio.push(Arc::new(device));
+    }
+    Ok(Bus { serial: Mutex::new(serial), i8042: Mutex::new(i8042), virtio, boot_timer })
+}
+
+fn event(flags: i32) -> Result<EventFd, Error> {
+    EventFd::new(flags | libc::EFD_CLOEXEC).map_err(|source| Error::Event("create an eventfd", source))
+}

@@ -1,0 +1,86 @@
+//! Signals: the ones that ask the process to end become events, the ones that mean it cannot go on
+//! become documented exit statuses.
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Exit status per fatal signal (API.md, "Process").
+const FATAL: [(c_int, u8, &str); 8] = [
+    (libc::SIGSYS, 148, "SIGSYS: a system call was refused\n"),
+    (libc::SIGBUS, 149, "SIGBUS: a mapped file was truncated or memory failed\n"),
+    (libc::SIGSEGV, 150, "SIGSEGV: invalid memory access\n"),
+    (libc::SIGXFSZ, 151, "SIGXFSZ: a file would exceed the size limit\n"),
+    (libc::SIGXCPU, 154, "SIGXCPU: the CPU time limit is used up\n"),
+    (libc::SIGPIPE, 155, "SIGPIPE sent by another process\n"),
+    (libc::SIGHUP, 156, "SIGHUP: the terminal is gone\n"),
+    (libc::SIGILL, 157, "SIGILL: invalid instruction\n"),
+];
+
+/// Gives the fatal signals their handler. `at_exit` must be async-signal-safe.
+pub fn install_fatal_handlers(at_exit: fn()) {
+    // SAFETY: written once, before there are threads or handlers.
+    unsafe { AT_EXIT = Some(at_exit) };
+    for (signal, _, _) in FATAL {
+        // SAFETY: all-zero is a valid `sigaction`; the handler is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = end as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+            let mut inherited: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, &action, &mut inherited);
+            // Started under nohup: keep to it.
+            if signal == libc::SIGHUP && inherited.sa_sigaction == libc::SIG_IGN {
+                libc::sigaction(signal, &inherited, std::ptr::null_mut());
+            }
+        }
+    }
+}
+
+static mut AT_EXIT: Option<fn()> = None;
+
+extern "C" fn end(signal: c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid `siginfo_t`; its pid is set for SIGPIPE.
+    if signal == libc::SIGPIPE && unsafe { (*info).si_pid() == libc::getpid() } {
+        // Our own write to a peer that went away: the writer gets EPIPE and deals with it.
+        return;
+    }
+    let Some((_, status, text)) = FATAL.iter().find(|(fatal, _, _)| *fatal == signal) else { return };
+    // SAFETY: `write` and `_exit` are async-signal-safe, and so is `AT_EXIT` by contract.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        if let Some(at_exit) = AT_EXIT {
+            at_exit();
+        }
+        libc::_exit(c_int::from(*status));
+    }
+}
+
+/// SIGTERM and SIGINT as a descriptor. Call before any thread starts: threads inherit the mask.
+#[derive(Debug)]
+pub struct Termination(OwnedFd);
+
+impl Termination {
+    /// Blocks both signals and makes them readable.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: `set` is initialised by `sigemptyset`; the descriptor is checked and then owned.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut set);
+            libc::sigaddset(&mut set, libc::SIGTERM);
+            libc::sigaddset(&mut set, libc::SIGINT);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+            let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Self(OwnedFd::from_raw_fd(fd)))
+        }
+    }
+}
+
+impl AsRawFd for Termination {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
