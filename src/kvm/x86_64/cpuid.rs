@@ -69,12 +69,10 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology, apic_id: u8) -> Result<Cp
     for entry in &mut entries {
         normalise(entry, vendor, topology, u32::from(apic_id));
     }
-    let max_leaf = entries.iter().map(|e| e.function).filter(|f| *f < 0x4000_0000).max().unwrap_or(0);
-    if max_leaf >= 0xb {
-        entries.extend(extended_topology(0xb, topology, u32::from(apic_id)));
-    }
-    if supported.as_slice().iter().any(|e| e.function == 0x1f) {
-        entries.extend(extended_topology(0x1f, topology, u32::from(apic_id)));
+    for function in [0xb, 0x1f] {
+        if supported.as_slice().iter().any(|e| e.function == function) {
+            entries.extend(extended_topology(function, topology, u32::from(apic_id)));
+        }
     }
     set_brand(&mut entries, vendor);
     CpuId::from_entries(&entries).map_err(|_| Error::TooMany("the CPUID list"))
