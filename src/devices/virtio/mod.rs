@@ -19,6 +19,8 @@ pub mod rate_limiter;
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_random;
 
 use std::fmt;
 use std::os::fd::RawFd;

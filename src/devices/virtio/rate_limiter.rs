@@ -189,3 +189,136 @@ impl RateLimiter {
         u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+    const DAY_MS: u64 = 86_400_000;
+
+    fn bucket(size: u64, refill_time_ms: u64, one_time_burst: u64) -> TokenBucket {
+        TokenBucket::new(&TokenBucketConfig { size, refill_time_ms, one_time_burst }, 0)
+    }
+
+    /// Takes `cost` as soon as may be, at `now` or later; returns when that was.
+    fn take(bucket: &mut TokenBucket, cost: u64, now: u64) -> u64 {
+        bucket.refill(now);
+        let at = now.saturating_add(bucket.wait(cost));
+        bucket.refill(at);
+        assert_eq!(bucket.wait(cost), 0, "the wait was long enough");
+        bucket.take(cost);
+        at
+    }
+
+    #[test]
+    fn tokens_come_back_at_the_configured_rate() {
+        let mut bucket = bucket(100, 1000, 0);
+        assert_eq!(take(&mut bucket, 100, 0), 0);
+        assert_eq!(take(&mut bucket, 1, 0), 10 * MS);
+        assert_eq!(take(&mut bucket, 50, 10 * MS), 510 * MS);
+        // A long rest fills the bucket, and no more than that.
+        assert_eq!(take(&mut bucket, 100, 10_000 * MS), 10_000 * MS);
+        assert_eq!(take(&mut bucket, 1, 10_000 * MS), 10_010 * MS);
+    }
+
+    #[test]
+    fn the_burst_is_spent_first_and_never_comes_back() {
+        let mut bucket = bucket(10, 10, 5);
+        assert_eq!(take(&mut bucket, 15, 0), 0);
+        assert_eq!(take(&mut bucket, 1, 0), MS);
+        assert_eq!(take(&mut bucket, 10, 1000 * MS), 1000 * MS);
+        assert_eq!(take(&mut bucket, 5, 1000 * MS), 1005 * MS);
+    }
+
+    #[test]
+    fn a_cost_larger_than_the_bucket_leaves_a_debt() {
+        let mut bucket = bucket(10, 10, 0);
+        assert_eq!(take(&mut bucket, 100, 0), 0);
+        assert_eq!(take(&mut bucket, 1, 0), 91 * MS);
+        // Not full now: it has to wait until it is.
+        assert_eq!(take(&mut bucket, 100, 91 * MS), 101 * MS);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_or_goes_back_gives_nothing_away() {
+        let mut bucket = bucket(10, 10, 0);
+        assert_eq!(take(&mut bucket, 10, 500 * MS), 500 * MS);
+        bucket.refill(100 * MS);
+        bucket.refill(500 * MS);
+        assert_eq!(bucket.wait(1), MS);
+    }
+
+    #[test]
+    fn extremes_neither_overflow_nor_hang() {
+        for size in [1, 2, 1 << 32, 1 << 63, u64::MAX] {
+            for refill in [0, 1, DAY_MS, u64::MAX / MS, u64::MAX] {
+                let mut bucket = bucket(size, refill, u64::MAX);
+                let mut now = 0u64;
+                for cost in [0, 1, u32::MAX.into(), size, u64::MAX, u64::MAX] {
+                    bucket.refill(now);
+                    now = now.saturating_add(bucket.wait(cost));
+                    bucket.refill(now);
+                    assert!(bucket.wait(cost) == 0 || now == u64::MAX, "{size} {refill} {cost}");
+                    bucket.take(cost);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_buckets_are_charged_or_neither() {
+        let config = |size| Some(TokenBucketConfig { size, refill_time_ms: 100, one_time_burst: 0 });
+        let limits = RateLimiterConfig { bandwidth: config(1000), ops: config(1) };
+        let new = |bucket: &TokenBucketConfig| TokenBucket::new(bucket, 0);
+        let mut buckets = Buckets { bandwidth: limits.bandwidth.as_ref().map(new), ops: limits.ops.as_ref().map(new) };
+        assert_eq!(buckets.take(400, 0), Ok(()));
+        assert_eq!(buckets.take(400, 0), Err(100 * MS), "out of operations");
+        assert_eq!(buckets.take(1000, 40 * MS), Err(60 * MS), "the refused one cost no bytes");
+        assert_eq!(buckets.take(1000, 100 * MS), Ok(()));
+        buckets.update(&RateLimiterUpdate { ops: BucketUpdate::Off, ..RateLimiterUpdate::default() }, 100 * MS);
+        assert_eq!(buckets.take(10, 100 * MS), Err(MS), "the other bucket stays as it was");
+        let again = BucketUpdate::Set(TokenBucketConfig { size: 5, refill_time_ms: 1, one_time_burst: 0 });
+        buckets.update(&RateLimiterUpdate { bandwidth: again, ..RateLimiterUpdate::default() }, 100 * MS);
+        assert_eq!(buckets.take(5, 100 * MS), Ok(()), "a new bucket is full");
+    }
+
+    proptest! {
+        /// Whatever is asked when, what was granted by any time is at most the burst, a full
+        /// bucket, what came back since, and the part of one request that is larger than a bucket.
+        #[test]
+        fn no_more_is_granted_than_was_configured(
+            size in 1u64..=1 << 63,
+            refill in 1u64..=DAY_MS,
+            burst in 0u64..1 << 40,
+            requests in prop::collection::vec((1u64..1 << 40, 0u64..1 << 50), 1..40),
+        ) {
+            let mut bucket = bucket(size, refill, burst);
+            let (mut now, mut granted, mut largest) = (0u64, 0u128, 0u64);
+            for (cost, pause) in requests {
+                now = take(&mut bucket, cost, now + pause);
+                granted += u128::from(cost);
+                largest = largest.max(cost);
+                let refilled = u128::from(now).saturating_mul(u128::from(size)) / u128::from(refill * MS);
+                let debt = u128::from(largest.saturating_sub(size));
+                prop_assert!(granted <= u128::from(burst) + u128::from(size) + refilled + debt);
+            }
+        }
+
+        /// A device that always asks gets all of the rate.
+        #[test]
+        fn all_that_was_configured_is_granted(size in 1u64..1 << 40, refill in 1u64..=DAY_MS, cost in 1u64..1 << 32) {
+            let mut bucket = bucket(size, refill, 0);
+            let mut now = 0;
+            for _ in 0..50 {
+                now = take(&mut bucket, cost, now);
+            }
+            // 50 costs, less the full bucket at the start; a debt is on the clock already.
+            let paid = u128::from(cost) * 50 - u128::from(cost.max(size).min(cost * 50));
+            let at_most = paid * u128::from(refill * MS) / u128::from(size) + 50;
+            prop_assert!(u128::from(now) <= at_most + u128::from(cost) * u128::from(refill * MS) / u128::from(size));
+        }
+    }
+}

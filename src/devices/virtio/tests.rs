@@ -32,10 +32,8 @@ fn device() -> (Device, Arc<metrics::Block>) {
         rate_limiter: RateLimiterConfig::default(),
         discard: false,
     };
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(1 << 20).unwrap();
     let metrics = Arc::new(metrics::Block::default());
-    (Device::Block(Block::new(&config, file, Arc::clone(&metrics)).unwrap()), metrics)
+    (Device::Block(Block::new(&config, file(1 << 20), Arc::clone(&metrics)).unwrap()), metrics)
 }
 
 fn guest() -> Guest {

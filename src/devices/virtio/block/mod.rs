@@ -400,3 +400,5 @@ fn count(metrics: &metrics::Block, request: &Request, status: Status) {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_in_flight;
