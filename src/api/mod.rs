@@ -16,6 +16,9 @@ pub mod server;
 pub mod socket;
 pub mod types;
 
+#[cfg(test)]
+mod contract_tests;
+
 pub use error::ApiError;
 pub use routes::config_commands;
 

@@ -354,3 +354,7 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     commands.extend(file.serial.map(|body| Command::SetSerial(body.into())));
     Ok(commands)
 }
+
+#[cfg(test)]
+#[path = "routes_tests.rs"]
+mod tests;

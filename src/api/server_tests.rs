@@ -130,3 +130,235 @@ fn a_client_configures_on_one_connection() {
     let start = r#"{"action_type": "InstanceStart"}"#;
     assert_eq!(fault(client.request("PUT", "/actions", start)), (400, "There is no kernel.".into()));
 }
+
+#[test]
+fn requests_in_one_packet_are_answered_in_order() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    let body = r#"{"state": "Paused"}"#;
+    let patch = format!("PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    client.send(format!("GET /version HTTP/1.1\r\n\r\n{patch}GET /nope HTTP/1.1\r\n\r\n"));
+    let (status, body) = client.reply();
+    assert!(status == 200 && body.contains(r#""firecracker_version":"1.17.0""#), "{body}");
+    assert_eq!(client.reply(), (204, String::new()));
+    assert_eq!(fault(client.reply()).0, 400);
+}
+
+#[test]
+fn a_deprecated_field_is_answered_with_a_header() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    for (template, deprecated) in [("", false), (r#", "cpu_template": "None""#, true)] {
+        let body = format!(r#"{{"vcpu_count": 1, "mem_size_mib": 128{template}}}"#);
+        client.send(format!("PUT /machine-config HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
+        let head = client.head();
+        assert!(head.starts_with("HTTP/1.1 204 "), "{head}");
+        assert_eq!(head.contains("deprecation: true\r\n"), deprecated, "{head}");
+    }
+}
+
+#[test]
+fn the_eleventh_connection_is_turned_away_until_another_closes() {
+    let api = Api::new(Limits::default());
+    let mut clients: Vec<_> = (0..10).map(|_| api.connect()).collect();
+    for client in &mut clients {
+        assert_eq!(client.request("GET", "/version", "").0, 200);
+    }
+    let mut eleventh = api.connect();
+    let (status, message) = fault(eleventh.request("GET", "/", ""));
+    assert_eq!(status, 503);
+    assert!(message.contains("Too many connections"));
+    assert_eq!(eleventh.rest(), "");
+    clients.pop();
+    // The server learns of it in its own time.
+    let served = (0..500).any(|_| {
+        std::thread::sleep(Duration::from_millis(2));
+        api.connect().request("GET", "/version", "").0 == 200
+    });
+    assert!(served);
+    assert_eq!(clients[0].request("GET", "/version", "").0, 200);
+}
+
+#[test]
+fn a_crowd_of_silent_connections_does_not_lock_the_others_out() {
+    let limits = Limits { connections: 1, head_timeout: Duration::from_millis(200), ..Limits::default() };
+    let api = Api::new(limits);
+    let _silent: Vec<_> = (0..8).map(|_| api.connect()).collect();
+    let mut last = api.connect();
+    last.stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    assert!([200, 503].contains(&last.request("GET", "/version", "").0));
+}
+
+/// A PUT /logger of exactly `length` bytes.
+fn logger_body(length: usize) -> String {
+    let empty = r#"{"module": ""}"#.len();
+    format!(r#"{{"module": "{}"}}"#, "x".repeat(length - empty))
+}
+
+#[test]
+fn a_body_may_be_as_long_as_the_limit_and_no_longer() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    assert_eq!(client.request("PUT", "/logger", &logger_body(51_200)).0, 204);
+    let (status, message) = fault(client.request("PUT", "/logger", &logger_body(51_201)));
+    assert_eq!(status, 400);
+    assert!(message.contains("larger than 51200 bytes"), "{message}");
+    // Much more than the sockets hold: it is read, so that the client comes to read the refusal.
+    let (status, _) = fault(api.connect().request("PUT", "/logger", &logger_body(900_000)));
+    assert_eq!(status, 400);
+}
+
+#[test]
+fn a_body_may_come_in_chunks() {
+    let api = Api::new(Limits { max_payload: 64, ..Limits::default() });
+    let mut client = api.connect();
+    let head = "PUT /actions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.send(format!("{head}11\r\n{{\"action_type\": \"\r\n"));
+    std::thread::sleep(Duration::from_millis(20));
+    client.send("e\r\nFlushMetrics\"}\r\n0\r\n\r\n");
+    assert_eq!(client.reply(), (204, String::new()));
+    client.send(format!("{head}41\r\n{}\r\n0\r\n\r\n", "x".repeat(0x41)));
+    let (status, message) = fault(client.reply());
+    assert!(status == 400 && message.contains("larger than 64 bytes"), "{message}");
+}
+
+#[test]
+fn a_request_without_a_length_has_no_body() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    client.send("PUT /actions HTTP/1.1\r\n\r\n");
+    let (status, message) = fault(client.reply());
+    assert_eq!((status, message.as_str()), (400, "PUT /actions: the request has no body; send a JSON object."));
+    client.send("GET / HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}");
+    assert_eq!(fault(client.reply()), (400, "GET /: a GET request cannot have a body.".into()));
+}
+
+#[test]
+fn what_is_not_http_gets_an_empty_reply_and_a_closed_connection() {
+    let api = Api::new(Limits::default());
+    let long = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(HEAD_BUFFER));
+    for (bytes, status) in [
+        ("PUT /actions HTTP/1.1\r\nContent-Length: -1\r\n\r\n{}", "400"),
+        ("PUT /actions HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", "400"),
+        ("PUT /actions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", ""),
+        ("GET / HTTP/9.9\r\n\r\n", "400"),
+        ("\0\x01\x02\r\n\r\n", "400"),
+        ("GET /\u{7f} \u{e9} HTTP/1.1\r\n\r\n", "400"),
+        (long.as_str(), "431"),
+    ] {
+        let mut client = api.connect();
+        // The server may have closed before it has read all of it.
+        let _ = client.stream.write_all(bytes.as_bytes());
+        let mut reply = Vec::new();
+        let _ = client.stream.read_to_end(&mut reply);
+        let reply = String::from_utf8(reply).unwrap();
+        if !status.is_empty() {
+            assert!(reply.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:?}: {reply}");
+            assert!(reply.ends_with("\r\n\r\n"), "{bytes:?}: {reply}");
+        }
+    }
+    assert_eq!(api.connect().request("GET", "/version", "").0, 200);
+}
+
+#[test]
+fn a_client_that_stops_halfway_is_cut_off() {
+    let short = Duration::from_millis(100);
+    let api = Api::new(Limits { head_timeout: short, body_timeout: short, ..Limits::default() });
+    let mut client = api.connect();
+    client.send("GET /vers");
+    assert!(!client.rest().contains("200"));
+    let mut client = api.connect();
+    client.send("PUT /actions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{\"action");
+    let (status, message) = fault(client.reply());
+    assert!(status == 400 && message.contains("did not arrive"), "{message}");
+    assert_eq!(client.rest(), "");
+}
+
+#[test]
+fn a_vmm_that_is_gone_is_a_refusal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let (to_vmm, commands) = control::channel().unwrap();
+    drop(commands);
+    let (_events, receiver) = broadcast::channel(1);
+    drop(spawn(StdListener::bind(&path).unwrap(), Limits::default(), to_vmm, receiver).unwrap());
+    let mut client = Client { stream: StdStream::connect(&path).unwrap(), unread: Vec::new() };
+    assert_eq!(fault(client.request("GET", "/", "")), (400, "The VMM is shutting down.".into()));
+}
+
+#[test]
+fn events_stream_until_the_last_one_is_out() {
+    let mut api = Api::new(Limits::default());
+    let mut client = api.connect();
+    client.send("GET /events HTTP/1.1\r\n\r\n");
+    let head = client.head();
+    assert!(head.contains("content-type: text/event-stream\r\n"), "{head}");
+    let events = api.events.clone().unwrap();
+    for event in [Event::Started, Event::Paused, Event::Resumed] {
+        events.send(event).unwrap();
+    }
+    let resumed = b"event: resumed\ndata: {\"state\":\"Running\"}\n\n";
+    client.until(|bytes| bytes.windows(resumed.len()).any(|window| window == resumed).then_some(()));
+    events.send(Event::Exited { status: 0, reason: "The guest \"reset\".".into() }).unwrap();
+    drop(events);
+    api.exit();
+    let stream = client.rest();
+    let last = "event: exited\ndata: {\"state\":\"Exited\",\"status\":0,\"reason\":\"The guest \\\"reset\\\".\"}\n\n";
+    assert!(stream.contains("event: started\ndata: {\"state\":\"Running\"}\n\n"), "{stream}");
+    assert!(stream.contains("event: paused\ndata: {\"state\":\"Paused\"}\n\n"), "{stream}");
+    assert!(stream.contains(last) && stream.ends_with("0\r\n\r\n"), "{stream}");
+}
+
+#[test]
+fn the_end_does_not_wait_for_clients_that_dawdle() {
+    let mut api = Api::new(Limits::default());
+    let mut idle = api.connect();
+    assert_eq!(idle.request("GET", "/version", "").0, 200);
+    let mut halfway = api.connect();
+    halfway.send("PUT /actions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{");
+    let start = Instant::now();
+    api.exit();
+    assert!(start.elapsed() < 10 * GRACE);
+    assert_eq!(idle.rest(), "");
+}
+
+#[test]
+fn the_contract_and_the_metrics_are_served() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    assert_eq!(client.request("GET", "/openapi.yaml", ""), (200, OPENAPI.to_owned()));
+    let (status, text) = client.request("GET", "/metrics", "");
+    assert!(status == 200 && text.contains("vesicle_get_api_requests_vmm_version_count_total"));
+    client.send("GET /metrics HTTP/1.1\r\n\r\n");
+    assert!(client.head().contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
+}
+
+#[test]
+#[ignore = "counts the descriptors of its process: descriptors_do_not_leak runs it in one of its own"]
+fn descriptors_of_a_process_alone() {
+    let api = Api::new(Limits { connections: 4, ..Limits::default() });
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    assert_eq!(api.connect().request("GET", "/", "").0, 200);
+    let settled = |limit| (0..500).any(|_| open() <= limit || (std::thread::sleep(Duration::from_millis(10)), false).1);
+    std::thread::sleep(Duration::from_millis(100));
+    let before = open();
+    for bytes in ["", "G", "GET / HTTP/1.1\r\n\r\n", "PUT / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx", "\0\r\n\r\n"] {
+        for _ in 0..40 {
+            let _ = api.connect().stream.write_all(bytes.as_bytes());
+        }
+    }
+    for _ in 0..20 {
+        api.connect().send("GET /events HTTP/1.1\r\n\r\n");
+    }
+    assert!(settled(before), "{before} descriptors became {}", open());
+}
+
+#[test]
+fn descriptors_do_not_leak() {
+    let test = concat!(module_path!(), "::descriptors_of_a_process_alone");
+    let (_, test) = test.split_once("::").unwrap();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", test, "--ignored"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}

@@ -1,0 +1,443 @@
+//! The routes as a client sees them.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::*;
+use crate::control::MachineUpdate;
+
+fn command(method: Method, path: &str, body: &str) -> Command {
+    match route(&method, path, body.as_bytes()) {
+        Ok(Action::Ask(ask)) => ask.command,
+        other => panic!("{method} {path} {body}: {other:?}"),
+    }
+}
+
+fn refusal(method: Method, path: &str, body: &str) -> String {
+    match route(&method, path, body.as_bytes()) {
+        Err(error) => fault(&error),
+        Ok(action) => panic!("{method} {path} {body}: {action:?}"),
+    }
+}
+
+/// The message of a refusal, which must have the documented shape.
+fn fault(error: &ApiError) -> String {
+    assert_eq!(error.status(), hyper::StatusCode::BAD_REQUEST);
+    let body: types::Error = serde_json::from_slice(&error.body()).unwrap();
+    assert!(!body.fault_message.is_empty());
+    body.fault_message
+}
+
+#[test]
+fn a_machine_configuration_resets_what_it_omits_and_a_patch_keeps_it() {
+    let Command::SetMachine(machine) =
+        command(Method::PUT, "/machine-config", r#"{"vcpu_count":4,"mem_size_mib":512}"#)
+    else {
+        panic!()
+    };
+    assert_eq!(machine, MachineConfig { vcpu_count: 4, mem_size_mib: 512, ..Default::default() });
+    let Command::PatchMachine(update) = command(Method::PATCH, "/machine-config", r#"{"huge_pages":"2M"}"#) else {
+        panic!()
+    };
+    assert_eq!(update, MachineUpdate { huge_pages: Some(HugePages::Size2M), ..Default::default() });
+}
+
+#[test]
+fn a_machine_configuration_out_of_range_is_refused_by_field() {
+    for (body, named) in [
+        (r#"{"mem_size_mib":128}"#, "missing field `vcpu_count` at line 1 column 20."),
+        (r#"{"vcpu_count":0,"mem_size_mib":128}"#, "vcpu_count is 0"),
+        (r#"{"vcpu_count":33,"mem_size_mib":128}"#, "vcpu_count is 33"),
+        (r#"{"vcpu_count":256,"mem_size_mib":128}"#, "`256`"),
+        (r#"{"vcpu_count":-1,"mem_size_mib":128}"#, "`-1`"),
+        (r#"{"vcpu_count":1,"mem_size_mib":0}"#, "mem_size_mib is 0"),
+        (r#"{"vcpu_count":1,"mem_size_mib":18446744073709551616}"#, "expected u64"),
+        (r#"{"vcpu_count":3,"mem_size_mib":128,"smt":true}"#, "with smt"),
+        (r#"{"vcpu_count":1,"mem_size_mib":127,"huge_pages":"2M"}"#, "must be even"),
+        (r#"{"vcpu_count":1,"mem_size_mib":128,"huge_pages":"1G"}"#, "unknown variant `1G`"),
+        (r#"{"vcpu_count":1,"mem_size_mib":128,"cpu_template":"T2"}"#, "cpu_template `T2` is not available"),
+        (r#"{"vcpu_count":1,"mem_size_mib":128,"cpu_template":"T3"}"#, "unknown variant `T3`"),
+        (r#"{"vcpu_count":1,"mem_size_mib":128,"gdb":1}"#, "unknown field `gdb`"),
+        (r#"{"vcpu_count":1,"vcpu_count":2,"mem_size_mib":128}"#, "duplicate field `vcpu_count`"),
+        (r#"{"vcpu_count":1,"mem_size_mib":128} x"#, "trailing characters"),
+    ] {
+        let message = refusal(Method::PUT, "/machine-config", body);
+        assert!(message.contains(named) && message.contains("PUT /machine-config"), "{message}");
+    }
+    assert!(refusal(Method::PATCH, "/machine-config", "{}").contains("nothing to change"));
+}
+
+#[test]
+fn the_deprecated_template_none_is_taken_and_marked() {
+    for (method, body) in [
+        (Method::PUT, r#"{"vcpu_count":1,"mem_size_mib":128,"cpu_template":"None"}"#),
+        (Method::PATCH, r#"{"cpu_template":"None"}"#),
+    ] {
+        let Ok(Action::Ask(ask)) = route(&method, "/machine-config", body.as_bytes()) else { panic!("{body}") };
+        assert!(ask.deprecated);
+    }
+}
+
+#[test]
+fn a_drive_has_the_defaults_of_the_contract() {
+    let body = r#"{"drive_id":"rootfs","is_root_device":true,"path_on_host":"/img","partuuid":null,"socket":null}"#;
+    let Command::SetDrive(drive) = command(Method::PUT, "/drives/rootfs", body) else { panic!() };
+    let expected = DriveConfig {
+        drive_id: "rootfs".into(),
+        is_root_device: true,
+        path_on_host: "/img".into(),
+        is_read_only: false,
+        partuuid: None,
+        cache_type: CacheType::Unsafe,
+        io_engine: IoEngine::Sync,
+        rate_limiter: RateLimiterConfig::default(),
+        discard: false,
+    };
+    assert_eq!(drive, expected);
+}
+
+#[test]
+fn a_drive_that_makes_no_sense_is_refused() {
+    let with = |id: &str, rest: &str| {
+        let body = format!(r#"{{"drive_id":"d","is_root_device":false{rest}}}"#);
+        refusal(Method::PUT, &format!("/drives/{id}"), &body)
+    };
+    let path = r#","path_on_host":"/img""#;
+    for (id, rest, named) in [
+        ("d", "", "path_on_host is empty"),
+        ("d", r#","path_on_host":"""#, "path_on_host is empty"),
+        ("e", path, "the path names `e`, but drive_id in the body is `d`"),
+        ("", path, "Invalid request method or path: PUT /drives/."),
+        ("a-b", path, "drive_id `a-b`"),
+        ("d%2F", path, "drive_id `d%2F`"),
+        ("d", &format!(r#"{path},"socket":"/s""#), "vhost-user"),
+        ("d", &format!(r#"{path},"overlay":{{}}"#), "overlay is not available"),
+        ("d", &format!(r#"{path},"is_read_only":true,"discard":true"#), "read-only and cannot offer discard"),
+        ("d", &format!(r#"{path},"partuuid":"x y""#), "partuuid `x y`"),
+        ("d", &format!(r#"{path},"io_engine":"Fast""#), "unknown variant `Fast`"),
+        ("d", &format!(r#"{path},"rate_limiter":{{"ops":{{"size":1}}}}"#), "missing field `refill_time`"),
+    ] {
+        let message = with(id, rest);
+        assert!(message.contains(named), "{id} {rest}: {message}");
+    }
+    assert!(refusal(Method::PUT, "/drives", "{}").contains("Invalid request method or path"));
+    assert!(refusal(Method::PUT, "/drives/a/b", "{}").contains("Invalid request method or path"));
+}
+
+#[test]
+fn a_patch_of_a_drive_keeps_switches_off_or_sets_each_bucket() {
+    let body = r#"{"drive_id":"d","rate_limiter":{"bandwidth":{"size":0,"refill_time":100}}}"#;
+    let Command::UpdateDrive(update) = command(Method::PATCH, "/drives/d", body) else { panic!() };
+    assert_eq!(update.rate_limiter, Some(RateLimiterUpdate { bandwidth: BucketUpdate::Off, ops: BucketUpdate::Keep }));
+    let body = r#"{"drive_id":"d","rate_limiter":{"ops":{"size":5,"refill_time":100,"one_time_burst":7}}}"#;
+    let Command::UpdateDrive(update) = command(Method::PATCH, "/drives/d", body) else { panic!() };
+    let bucket = TokenBucketConfig { size: 5, refill_time_ms: 100, one_time_burst: 7 };
+    let expected = RateLimiterUpdate { bandwidth: BucketUpdate::Keep, ops: BucketUpdate::Set(bucket) };
+    assert_eq!(update.rate_limiter, Some(expected));
+    assert!(refusal(Method::PATCH, "/drives/d", r#"{"drive_id":"d"}"#).contains("nothing to change"));
+    let read_only = r#"{"drive_id":"d","path_on_host":"x","is_read_only":true}"#;
+    assert!(refusal(Method::PATCH, "/drives/d", read_only).contains("unknown field `is_read_only`"));
+}
+
+#[test]
+fn actions_and_states_are_commands() {
+    let action = |name| command(Method::PUT, "/actions", &format!(r#"{{"action_type":"{name}"}}"#));
+    assert!(matches!(action("InstanceStart"), Command::Start));
+    assert!(matches!(action("FlushMetrics"), Command::FlushMetrics));
+    assert!(matches!(action("SendCtrlAltDel"), Command::SendCtrlAltDel));
+    assert!(matches!(command(Method::PATCH, "/vm", r#"{"state":"Paused"}"#), Command::Pause));
+    assert!(matches!(command(Method::PATCH, "/vm/", r#"{"state":"Resumed"}"#), Command::Resume));
+}
+
+#[test]
+fn a_log_level_is_read_in_any_case() {
+    for (name, level) in
+        [("warning", log::LevelFilter::Warn), ("WARN", log::LevelFilter::Warn), ("oFF", log::LevelFilter::Off)]
+    {
+        let Command::SetLogger(logger) = command(Method::PUT, "/logger", &format!(r#"{{"level":"{name}"}}"#)) else {
+            panic!()
+        };
+        assert_eq!(logger.level, Some(level));
+    }
+}
+
+#[test]
+fn what_this_release_does_not_do_is_said_plainly() {
+    for (method, path, said) in [
+        (Method::PUT, "/network-interfaces/eth0", "PUT /network-interfaces/eth0 is not available in this release."),
+        (Method::PUT, "/vsock", "PUT /vsock is not available in this release."),
+        (Method::GET, "/mmds", "GET /mmds is not available in this release."),
+        (Method::PUT, "/snapshot/load", "PUT /snapshot/load is not available in this release."),
+        (Method::PUT, "/cpu-config", "PUT /cpu-config is not available in this release."),
+        (Method::PATCH, "/balloon/statistics", "outside the scope"),
+        (Method::PUT, "/entropy", "outside the scope"),
+        (Method::PUT, "/pmem/p", "outside the scope"),
+        (Method::GET, "/hotplug/memory", "outside the scope"),
+        (Method::DELETE, "/drives/d", "unplugging devices is not supported"),
+        (Method::PATCH, "/boot-source", "Invalid request method or path: PATCH /boot-source."),
+        (Method::POST, "/actions", "Invalid request method or path: POST /actions."),
+        (Method::GET, "/nope", "Invalid request method or path: GET /nope."),
+        (Method::OPTIONS, "*", "Invalid request method or path: OPTIONS *."),
+        (Method::PUT, "//actions", "Invalid request method or path: PUT //actions."),
+    ] {
+        let message = refusal(method, path, "{}");
+        assert!(message.contains(said), "{message}");
+    }
+}
+
+#[test]
+fn requests_and_refusals_are_counted() {
+    let counters = &METRICS.patch_api_requests;
+    let before = (counters.drive_count.get(), counters.drive_fails.get());
+    refusal(Method::PATCH, "/drives/counted", "{}");
+    command(Method::PATCH, "/drives/counted", r#"{"drive_id":"counted","path_on_host":"x"}"#);
+    assert!(counters.drive_count.get() >= before.0 + 2);
+    assert!(counters.drive_fails.get() > before.1);
+}
+
+/// What the vmm thread keeps of the commands of a configuration file.
+fn configure(commands: Vec<Command>) -> VmConfig {
+    let mut config = VmConfig::default();
+    for command in commands {
+        match command {
+            Command::SetMachine(machine) => config.machine = machine,
+            Command::SetBootSource(source) => config.boot_source = Some(source),
+            Command::SetDrive(drive) => config.set_drive(drive).unwrap(),
+            Command::SetSerial(serial) => config.serial = Some(serial),
+            Command::SetLogger(logger) => config.logger = Some(logger),
+            Command::SetMetrics(metrics) => config.metrics = Some(metrics),
+            other => panic!("{other:?}"),
+        }
+    }
+    config
+}
+
+#[test]
+fn a_published_configuration_file_is_understood() {
+    let file = r#"{
+        "boot-source": {"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0", "initrd_path": null},
+        "drives": [
+            {"drive_id": "data", "partuuid": null, "is_root_device": false, "cache_type": "Writeback",
+             "is_read_only": false, "path_on_host": "data.img", "io_engine": "Async", "socket": null,
+             "rate_limiter": {"bandwidth": {"size": 1000, "one_time_burst": null, "refill_time": 100}, "ops": null}},
+            {"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}
+        ],
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false},
+        "cpu-config": null, "balloon": null, "network-interfaces": [], "vsock": null, "logger": null,
+        "metrics": null, "mmds-config": null, "entropy": null, "pmem": [], "memory-hotplug": null
+    }"#;
+    let config = configure(config_commands(file.as_bytes()).unwrap());
+    assert_eq!(config.machine.vcpu_count, 2);
+    assert_eq!(config.drives[0].drive_id, "rootfs");
+    assert_eq!(config.drives[1].io_engine, IoEngine::Async);
+    assert_eq!(config.boot_source.unwrap().boot_args.as_deref(), Some("console=ttyS0"));
+    assert!(config_commands(b"{}").unwrap().is_empty());
+}
+
+#[test]
+fn a_configuration_file_with_what_is_not_there_is_refused() {
+    for (file, named) in [
+        (r#"{"network-interfaces": [{}]}"#, "network-interfaces is not available"),
+        (r#"{"vsock": {"guest_cid": 3}}"#, "vsock is not available"),
+        (r#"{"cpu-config": "t.json"}"#, "cpu-config is not available"),
+        (r#"{"mmds-config": {}}"#, "mmds-config is not available"),
+        (r#"{"balloon": {}}"#, "balloon is outside the scope"),
+        (r#"{"entropy": {}}"#, "entropy is outside the scope"),
+        (r#"{"pmem": [1]}"#, "pmem is outside the scope"),
+        (r#"{"memory-hotplug": {}}"#, "memory-hotplug is outside the scope"),
+        (r#"{"surprise": 1}"#, "unknown field `surprise`"),
+        (r#"{"machine-config": {"vcpu_count": 0, "mem_size_mib": 1}}"#, "vcpu_count is 0"),
+        ("", "EOF"),
+        ("[", "EOF"),
+    ] {
+        let message = fault(&config_commands(file.as_bytes()).unwrap_err());
+        assert!(message.contains(named), "{file}: {message}");
+    }
+}
+
+#[test]
+fn the_shown_configuration_names_everything_published_clients_look_for() {
+    let mut config = VmConfig::default();
+    let Command::SetDrive(drive) =
+        command(Method::PUT, "/drives/d", r#"{"drive_id":"d","is_root_device":false,"path_on_host":"/img"}"#)
+    else {
+        panic!()
+    };
+    config.set_drive(drive).unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&full_config(&config)).unwrap();
+    let expected = serde_json::json!({
+        "boot-source": null, "cpu-config": null, "logger": null, "metrics": null, "serial": null, "balloon": null,
+        "mmds-config": null, "vsock": null, "entropy": null, "memory-hotplug": null, "pmem": [],
+        "network-interfaces": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false,
+            "huge_pages": "None"},
+        "drives": [{"drive_id": "d", "partuuid": null, "is_root_device": false, "cache_type": "Unsafe",
+            "is_read_only": false, "path_on_host": "/img", "rate_limiter": null, "io_engine": "Sync", "socket": null}],
+    });
+    assert_eq!(shown, expected);
+}
+
+fn bucket() -> impl Strategy<Value = Option<TokenBucketConfig>> {
+    any::<(u64, u64, u64)>().prop_map(|(size, refill, burst)| TokenBucketConfig::new(size, refill, burst))
+}
+
+fn limiter() -> impl Strategy<Value = RateLimiterConfig> {
+    (bucket(), bucket()).prop_map(|(bandwidth, ops)| RateLimiterConfig { bandwidth, ops })
+}
+
+prop_compose! {
+    fn drive()(
+        drive_id in "[A-Za-z0-9_]{1,8}",
+        path_on_host in "\\PC{1,12}",
+        partuuid in proptest::option::of("[0-9a-f-]{1,8}"),
+        (is_read_only, writeback, asynchronous, discard) in any::<(bool, bool, bool, bool)>(),
+        rate_limiter in limiter(),
+    ) -> DriveConfig {
+        DriveConfig {
+            drive_id,
+            is_root_device: false,
+            path_on_host: path_on_host.into(),
+            is_read_only,
+            partuuid,
+            cache_type: if writeback { CacheType::Writeback } else { CacheType::Unsafe },
+            io_engine: if asynchronous { IoEngine::Async } else { IoEngine::Sync },
+            rate_limiter,
+            discard: discard && !is_read_only,
+        }
+    }
+}
+
+prop_compose! {
+    fn vm_config()(
+        (vcpu_count, mem_size_mib) in (1..=MAX_VCPUS, 1..=MAX_MEM_SIZE_MIB / 2),
+        (track_dirty_pages, huge, emit_id, root) in any::<(bool, bool, bool, bool)>(),
+        drives in proptest::collection::vec(drive(), 0..5),
+        kernel in "\\PC{1,12}",
+        boot_args in proptest::option::of("[ -~]{0,40}"),
+        initrd in proptest::option::of("\\PC{1,12}"),
+        mapping in proptest::option::of(any::<bool>()),
+        serial in proptest::option::of((proptest::option::of("\\PC{1,12}"), bucket())),
+        properties in proptest::collection::btree_map("\\PC{0,8}", "\\PC{0,8}", 0..3),
+        module in proptest::option::of("\\PC{0,8}"),
+    ) -> VmConfig {
+        let huge_pages = if huge { HugePages::Size2M } else { HugePages::Transparent };
+        let mut config = VmConfig {
+            machine: MachineConfig {
+                vcpu_count, mem_size_mib: 2 * mem_size_mib, smt: vcpu_count % 2 == 0, track_dirty_pages, huge_pages,
+            },
+            boot_source: Some(BootSource {
+                kernel_image_path: kernel.into(),
+                initrd_path: initrd.map(Into::into),
+                boot_args,
+                image_mapping: mapping.map(|shared| if shared { ImageMapping::Shared } else { ImageMapping::Private }),
+            }),
+            serial: serial.map(|(path, rate_limiter)| SerialConfig { serial_out_path: path.map(Into::into), rate_limiter }),
+            logger: module.map(|module| LoggerConfig {
+                module: Some(module), level: Some(log::LevelFilter::Warn), ..Default::default()
+            }),
+            metrics: Some(MetricsConfig {
+                metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
+            }),
+            ..Default::default()
+        };
+        for (index, drive) in drives.into_iter().enumerate() {
+            config.set_drive(DriveConfig { is_root_device: root && index == 0, ..drive }).unwrap();
+        }
+        config
+    }
+}
+
+/// JSON with the fields and values that bodies have, and others.
+fn json() -> impl Strategy<Value = serde_json::Value> {
+    let leaf = prop_oneof![
+        Just(serde_json::Value::Null),
+        any::<bool>().prop_map(Into::into),
+        any::<i64>().prop_map(Into::into),
+        any::<u64>().prop_map(Into::into),
+        any::<f64>().prop_map(Into::into),
+        "\\PC{0,8}".prop_map(Into::into),
+        proptest::sample::select(vec!["a", "Paused", "InstanceStart", "2M", "None", "Sync", "Writeback", "Warn"])
+            .prop_map(Into::into),
+    ];
+    let field = proptest::sample::select(vec![
+        "vcpu_count",
+        "mem_size_mib",
+        "smt",
+        "drive_id",
+        "is_root_device",
+        "path_on_host",
+        "rate_limiter",
+        "ops",
+        "bandwidth",
+        "size",
+        "refill_time",
+        "action_type",
+        "state",
+        "kernel_image_path",
+        "boot_args",
+        "level",
+        "metrics_path",
+        "properties",
+        "serial_out_path",
+        "socket",
+        "overlay",
+        "drives",
+        "machine-config",
+        "pmem",
+    ]);
+    leaf.prop_recursive(3, 24, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..4).prop_map(Into::into),
+            proptest::collection::btree_map(field.clone(), inner, 0..6).prop_map(|map| map
+                .into_iter()
+                .map(|(k, v)| (k.to_owned(), v))
+                .collect::<serde_json::Map<_, _>>()
+                .into()),
+        ]
+    })
+}
+
+fn method() -> impl Strategy<Value = Method> {
+    proptest::sample::select(vec![Method::GET, Method::PUT, Method::PATCH, Method::DELETE, Method::POST, Method::HEAD])
+}
+
+fn path() -> impl Strategy<Value = String> {
+    prop_oneof![
+        8 => (0..ENDPOINTS.len()).prop_map(|index| format!("/{}", ENDPOINTS[index].path.replace("{drive_id}", "a"))),
+        1 => "/(drives|vm|mmds|snapshot)?/?\\PC{0,8}",
+        1 => "\\PC{0,8}",
+    ]
+}
+
+fn body() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        6 => json().prop_map(|json| json.to_string().into_bytes()),
+        1 => (json(), any::<proptest::sample::Index>()).prop_map(|(json, at)| {
+            let mut bytes = json.to_string().into_bytes();
+            bytes.truncate(at.index(bytes.len() + 1));
+            bytes
+        }),
+        1 => proptest::collection::vec(any::<u8>(), 0..64),
+        1 => Just(b"[".repeat(1000)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_request_is_understood_or_refused_in_the_documented_shape(method in method(), path in path(), body in body()) {
+        if let Err(error) = route(&method, &path, &body) {
+            fault(&error);
+        }
+        if let Err(error) = config_commands(&body) {
+            fault(&error);
+        }
+    }
+
+    #[test]
+    fn what_is_shown_can_be_fed_back(config in vm_config()) {
+        let shown = full_config(&config);
+        prop_assert_eq!(configure(config_commands(&shown).unwrap()), config);
+    }
+}
