@@ -4,7 +4,6 @@
 //! of the metrics file ([`JsonLines`]), which holds what was counted since the line before, and
 //! the OpenMetrics text of GET /metrics ([`openmetrics`]), which holds totals.
 
-use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -301,27 +300,6 @@ groups! {
     }
 }
 
-impl ApiServer {
-    /// Sets how long the start took, from clocks the launcher read (`--start-time-us`,
-    /// `--start-time-cpu-us`) and CPU time it spent (`--parent-cpu-time-us`), all in microseconds.
-    pub fn report_start(&self, start: Option<u64>, start_cpu: Option<u64>, parent_cpu: Option<u64>) {
-        if let Some(start) = start {
-            self.process_startup_time_us.set(clock_us(libc::CLOCK_MONOTONIC).saturating_sub(start));
-        }
-        if let Some(start) = start_cpu {
-            let spent = clock_us(libc::CLOCK_PROCESS_CPUTIME_ID).saturating_sub(start);
-            self.process_startup_time_cpu_us.set(spent.saturating_add(parent_cpu.unwrap_or(0)));
-        }
-    }
-}
-
-fn clock_us(clock: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is valid for writing; a clock that does not exist leaves it as it is.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1_000
-}
-
 /// Declares [`Metrics`]: the groups there is one of.
 macro_rules! metrics {
     ($($name:ident: $group:ident,)+) => {
@@ -419,10 +397,10 @@ pub const OPENMETRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0;
 #[derive(Debug)]
 pub struct JsonLines {
     file: std::fs::File,
-    /// What every line starts with after its timestamp.
+    /// What every line holds after its timestamp.
     prefix: String,
-    /// The rest of a line a full pipe took a part of: it goes out before the next.
-    rest: VecDeque<u8>,
+    /// What is left of a line for which a pipe had no room: it goes out before the next.
+    rest: Vec<u8>,
 }
 
 impl JsonLines {
@@ -441,25 +419,34 @@ impl JsonLines {
                 config.properties.iter().map(|(key, value)| json_string(key) + ":" + &json_string(value)).collect();
             let _ = write!(prefix, ",\"properties\":{{{}}}", pairs.join(","));
         }
-        Ok(Self { file, prefix, rest: VecDeque::new() })
+        Ok(Self { file, prefix, rest: Vec::new() })
     }
 
     /// Writes a line: what was counted since the one before.
     ///
     /// # Errors
-    /// The line did not fit or could not be written; it is lost, and counted as missed.
+    /// There was no room for all of it, and it is finished next time; or nobody reads any more. Either
+    /// way it is counted as missed.
     pub fn write(&mut self) -> io::Result<()> {
-        self.try_write().inspect_err(|_| METRICS.logger.missed_metrics_count.inc())
+        let written = self.write_rest().and_then(|()| {
+            self.rest = json_line(&self.prefix).into_bytes();
+            self.write_rest()
+        });
+        if let Err(error) = &written {
+            METRICS.logger.missed_metrics_count.inc();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                // A new reader must not start with half a line.
+                self.rest.clear();
+            }
+        }
+        written
     }
 
-    fn try_write(&mut self) -> io::Result<()> {
+    fn write_rest(&mut self) -> io::Result<()> {
         while !self.rest.is_empty() {
-            let written = self.file.write(self.rest.as_slices().0)?;
+            let written = self.file.write(&self.rest)?;
             self.rest.drain(..written);
         }
-        let line = json_line(&self.prefix);
-        let written = self.file.write(line.as_bytes())?;
-        self.rest.extend(&line.as_bytes()[written..]);
         Ok(())
     }
 }
@@ -496,97 +483,5 @@ fn json_group(line: &mut String, group: &str, id: &str, fields: &[Field], values
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::OpenOptionsExt;
-
-    use super::*;
-
-    fn config(path: &std::path::Path) -> MetricsConfig {
-        MetricsConfig { metrics_path: path.into(), ..Default::default() }
-    }
-
-    #[test]
-    fn a_line_says_what_was_counted_since_the_line_before() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("metrics");
-        let properties = vec![("team".to_owned(), "a \"b\"".to_owned())];
-        let mut file = JsonLines::open(&MetricsConfig { emit_id: true, properties, ..config(&path) }, "vm-1").unwrap();
-        let (one, two) = (register_block("lines_one"), register_block("lines_two"));
-        for reads in [3, 4, 0] {
-            one.read_count.add(reads);
-            two.read_count.add(10 * reads);
-            file.write().unwrap();
-        }
-        let text = std::fs::read_to_string(&path).unwrap();
-        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let reads = |drive: &str| lines.iter().map(|line| line[drive]["read_count"].as_u64().unwrap()).collect();
-        let expected: [Vec<u64>; 2] = [vec![3, 4, 0], vec![30, 40, 0]];
-        assert_eq!([reads("block_lines_one"), reads("block_lines_two")], expected);
-        let sums: Vec<u64> = reads("block");
-        assert!(sums[0] >= 33 && sums[1] >= 44, "{sums:?}");
-        assert_eq!(lines[0]["id"], "vm-1");
-        assert_eq!(lines[0]["properties"]["team"], "a \"b\"");
-        assert!(lines[0]["utc_timestamp_ms"].as_u64().unwrap() > 1_700_000_000_000);
-        assert!(text.starts_with("{\"utc_timestamp_ms\":"));
-        assert_eq!(one.read_count.get(), 7);
-    }
-
-    #[test]
-    fn the_text_format_has_every_metric_once_with_its_meaning() {
-        let block = register_block("text");
-        block.write_bytes.add(512);
-        METRICS.latencies_us.vmm_pause_vm.set(77);
-        let text = openmetrics();
-        assert!(text.ends_with("\n# EOF\n"));
-        assert!(text.contains("\nvesicle_block_write_bytes_total{drive_id=\"text\"} 512\n"));
-        assert!(text.contains("# TYPE vesicle_latencies_us_vmm_pause_vm gauge\n"));
-        assert!(text.contains("\nvesicle_latencies_us_vmm_pause_vm 77\n"));
-        assert!(text.contains("# HELP vesicle_vcpu_exit_io_in Exits because of an IN instruction.\n"));
-        let mut families: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
-        let count = families.len();
-        families.sort_unstable();
-        families.dedup();
-        assert_eq!(families.len(), count);
-    }
-
-    #[test]
-    fn a_fifo_without_reader_is_refused_at_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = fifo(dir.path());
-        let error = JsonLines::open(&config(&path), "vm").unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENXIO));
-    }
-
-    #[test]
-    fn a_full_fifo_loses_whole_lines_and_never_blocks() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = fifo(dir.path());
-        let options = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
-        let mut reader = options.unwrap();
-        let mut file = JsonLines::open(&config(&path), "vm").unwrap();
-        let before = METRICS.logger.missed_metrics_count.get();
-        while file.write().is_ok() {}
-        assert!(METRICS.logger.missed_metrics_count.get() > before);
-        let mut text = read_available(&mut reader);
-        file.write().unwrap();
-        text.push_str(&read_available(&mut reader));
-        for line in text.lines() {
-            serde_json::from_str::<serde_json::Value>(line).unwrap();
-        }
-    }
-
-    fn read_available(reader: &mut std::fs::File) -> String {
-        let mut bytes = Vec::new();
-        let error = io::Read::read_to_end(reader, &mut bytes).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-        String::from_utf8(bytes).unwrap()
-    }
-
-    fn fifo(dir: &std::path::Path) -> std::path::PathBuf {
-        let path = dir.join("fifo");
-        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-        // SAFETY: `name` is a NUL-terminated string.
-        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-        path
-    }
-}
+#[path = "metrics_tests.rs"]
+mod tests;

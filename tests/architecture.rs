@@ -65,7 +65,8 @@ fn dependencies_point_one_way() {
         if matches!(module, "lib" | "main") {
             continue;
         }
-        let (_, allowed) = MAY_USE.iter().find(|(name, _)| *name == module).unwrap_or_else(|| panic!("{file}: no rule"));
+        let (_, allowed) =
+            MAY_USE.iter().find(|(name, _)| *name == module).unwrap_or_else(|| panic!("{file}: no rule"));
         for other in used(&text) {
             if other != module && !allowed.contains(&other.as_str()) && !EVERYBODYS.contains(&other.as_str()) {
                 wrong.push(format!("{file} uses {other}"));

@@ -25,7 +25,7 @@ impl Api {
             let mut poll =
                 libc::pollfd { fd: std::os::fd::AsRawFd::as_raw_fd(commands.wake()), events: libc::POLLIN, revents: 0 };
             // SAFETY: `poll` is one valid pollfd.
-            while unsafe { libc::poll(&mut poll, 1, 2000) } == 1 {
+            while unsafe { libc::poll(&mut poll, 1, -1) } == 1 {
                 let _ = commands.wake().read();
                 while let Some(request) = commands.next() {
                     let _ = request.reply.send(match request.command {
@@ -331,6 +331,57 @@ fn the_contract_and_the_metrics_are_served() {
     assert!(status == 200 && text.contains("vesicle_get_api_requests_vmm_version_count_total"));
     client.send("GET /metrics HTTP/1.1\r\n\r\n");
     assert!(client.head().contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    /// Requests that are cut, doubled, overwritten or nothing of the sort; then one that is right.
+    #[test]
+    fn no_bytes_end_the_server(
+        packets in proptest::collection::vec(packet(), 1..4),
+        cut in proptest::prelude::any::<proptest::sample::Index>(),
+        noise in proptest::prelude::any::<(proptest::sample::Index, u8)>(),
+    ) {
+        static API: std::sync::LazyLock<Api> = std::sync::LazyLock::new(|| Api::new(Limits::default()));
+        let mut bytes = packets.concat();
+        bytes.truncate(cut.index(bytes.len() + 1));
+        if !bytes.is_empty() {
+            let at = noise.0.index(bytes.len());
+            bytes[at] = noise.1;
+        }
+        let mut client = API.connect();
+        let _ = client.stream.write_all(&bytes);
+        let _ = client.stream.shutdown(std::net::Shutdown::Write);
+        let mut replies = Vec::new();
+        let _ = client.stream.read_to_end(&mut replies);
+        proptest::prop_assert!(replies.is_empty() || replies.starts_with(b"HTTP/1.1 "));
+        drop(client);
+        // The connections of other cases may not have been seen to close yet.
+        let answered = (0..500).any(|_| {
+            let (status, _) = API.connect().request("GET", "/", "");
+            status == 200 || (std::thread::sleep(Duration::from_millis(2)), false).1
+        });
+        proptest::prop_assert!(answered);
+    }
+}
+
+fn packet() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
+    use proptest::prelude::*;
+    let request = |method: &str, path: &str, headers: &str, body: &str| {
+        format!("{method} {path} HTTP/1.1\r\n{headers}\r\n{body}").into_bytes()
+    };
+    let start = r#"{"action_type":"FlushMetrics"}"#;
+    prop_oneof![
+        Just(request("GET", "/", "", "")),
+        Just(request("GET", "/metrics", "Connection: close\r\n", "")),
+        Just(request("PUT", "/actions", "Content-Length: 30\r\n", start)),
+        Just(request("PUT", "/actions", "Content-Length: 30\r\nExpect: 100-continue\r\n", start)),
+        Just(request("PATCH", "/vm", "Transfer-Encoding: chunked\r\n", "3\r\n{}\n\r\n0\r\n\r\n")),
+        Just(request("PUT", "/actions", "Content-Length: 60000\r\n", start)),
+        any::<u64>().prop_map(move |length| request("PUT", "/vm", &format!("Content-Length: {length}\r\n"), "{}")),
+        proptest::collection::vec(any::<u8>(), 0..40),
+    ]
 }
 
 #[test]
