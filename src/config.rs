@@ -436,5 +436,4 @@ impl VmConfig {
 }
 
 #[cfg(test)]
-#[path = "config_tests.rs"]
 mod tests;

@@ -483,5 +483,4 @@ fn json_group(line: &mut String, group: &str, id: &str, fields: &[Field], values
 }
 
 #[cfg(test)]
-#[path = "metrics_tests.rs"]
 mod tests;

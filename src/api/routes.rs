@@ -356,5 +356,4 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
 }
 
 #[cfg(test)]
-#[path = "routes_tests.rs"]
 mod tests;

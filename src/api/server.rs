@@ -363,5 +363,4 @@ fn message(event: Event) -> Bytes {
 }
 
 #[cfg(test)]
-#[path = "server_tests.rs"]
 mod tests;
