@@ -211,10 +211,6 @@ groups! {
         pause_vm: Gauge,
         /// A resume as the client saw it, in microseconds.
         resume_vm: Gauge,
-        /// A pause in the vmm thread, in microseconds.
-        vmm_pause_vm: Gauge,
-        /// A resume in the vmm thread, in microseconds.
-        vmm_resume_vm: Gauge,
     }
     /// The log and the metrics file.
     Logger {
@@ -245,27 +241,17 @@ groups! {
     }
     /// The serial port.
     Uart {
-        /// Errors of the output.
-        error_count: Counter,
-        /// Reads of no register or of more than one byte.
-        missed_read_count: Counter,
-        /// Writes to no register or of more than one byte, and bytes that could not be put out.
+        /// Bytes the guest wrote that could not be put out.
         missed_write_count: Counter,
-        /// Bytes the guest read.
+        /// Bytes given to the guest to read.
         read_count: Counter,
-        /// Bytes the guest wrote.
+        /// Bytes the guest wrote that were put out.
         write_count: Counter,
         /// Bytes dropped by the rate limiter.
         rate_limiter_dropped_bytes: Counter,
     }
     /// The keyboard controller.
     I8042 {
-        /// Errors while raising an interrupt or a reset.
-        error_count: Counter,
-        /// Reads of no register or of more than one byte.
-        missed_read_count: Counter,
-        /// Writes to no register or of more than one byte.
-        missed_write_count: Counter,
         /// Bytes the guest read.
         read_count: Counter,
         /// Resets the guest asked for.

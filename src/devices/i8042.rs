@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::metrics::METRICS;
+
 /// Data port.
 pub const DATA_PORT: u16 = 0x60;
 /// Status (read) and command (write) port.
@@ -71,6 +73,7 @@ impl I8042 {
 
     /// The guest reads [`DATA_PORT`] or [`COMMAND_PORT`].
     pub fn read(&mut self, port: u16) -> u8 {
+        METRICS.i8042.read_count.inc();
         if port == COMMAND_PORT {
             let full = if self.output.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
             return full | STATUS_SYSTEM | STATUS_UNLOCKED;
@@ -84,6 +87,7 @@ impl I8042 {
 
     /// The guest writes [`DATA_PORT`] or [`COMMAND_PORT`].
     pub fn write(&mut self, port: u16, value: u8) {
+        METRICS.i8042.write_count.inc();
         if port == COMMAND_PORT {
             return self.command(value);
         }
@@ -138,6 +142,7 @@ impl I8042 {
     }
 
     fn request_reset(&self) {
+        METRICS.i8042.reset_count.inc();
         let _ = self.reset.write(1);
     }
 }

@@ -27,7 +27,7 @@ use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
 use crate::memory::GuestRam;
-use crate::metrics::JsonLines;
+use crate::metrics::{JsonLines, METRICS};
 use crate::signals::Termination;
 use crate::{log, metrics};
 
@@ -385,6 +385,7 @@ impl Vmm {
                 Run::Parked => {}
                 Run::Running => parked = false,
                 Run::Exited(Some(Report::Failure(reason))) => {
+                    METRICS.vcpu.failures.inc();
                     return Some(Ending::failure(format!("vCPU {id}: {reason}")));
                 }
                 Run::Exited(Some(Report::GuestEnd(how))) => {

@@ -38,12 +38,12 @@ fn a_line_says_what_was_counted_since_the_line_before() {
 fn the_text_format_has_every_metric_once_with_its_meaning() {
     let block = register_block("text");
     block.write_bytes.add(512);
-    METRICS.latencies_us.vmm_pause_vm.set(77);
+    METRICS.latencies_us.resume_vm.set(77);
     let text = openmetrics();
     assert!(text.ends_with("\n# EOF\n"));
     assert!(text.contains("\nvesicle_block_write_bytes_total{drive_id=\"text\"} 512\n"));
-    assert!(text.contains("# TYPE vesicle_latencies_us_vmm_pause_vm gauge\n"));
-    assert!(text.contains("\nvesicle_latencies_us_vmm_pause_vm 77\n"));
+    assert!(text.contains("# TYPE vesicle_latencies_us_resume_vm gauge\n"));
+    assert!(text.contains("\nvesicle_latencies_us_resume_vm 77\n"));
     assert!(text.contains("# HELP vesicle_vcpu_exit_io_in Exits because of an IN instruction.\n"));
     let mut families: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
     let count = families.len();
@@ -91,4 +91,35 @@ fn fifo(dir: &std::path::Path) -> std::path::PathBuf {
     // SAFETY: `name` is a NUL-terminated string.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
     path
+}
+
+#[test]
+fn every_metric_is_counted_somewhere() {
+    fn read(directory: &std::path::Path, text: &mut String) {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                read(&path, text);
+            } else if !path.ends_with("metrics.rs") && !path.ends_with("tests.rs") {
+                text.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut text = std::fs::read_to_string(source.join("metrics.rs")).unwrap();
+    let (_, own) = text.split_once("impl JsonLines").unwrap();
+    text = own.to_owned();
+    read(&source, &mut text);
+    let mut idle = Vec::new();
+    METRICS.visit(Read::Total, |group, fields, _| {
+        for Field { name, .. } in fields {
+            // The table of endpoints names group and metric apart.
+            let counted = [format!("{group}.{name}"), format!("{group} {name}"), format!(" {name}),")];
+            if !counted.iter().any(|counted| text.contains(counted)) {
+                idle.push(format!("{group}.{name}"));
+            }
+        }
+    });
+    idle.extend(Block::FIELDS.iter().map(|field| format!(".{}", field.name)).filter(|name| !text.contains(name)));
+    assert!(idle.is_empty(), "{idle:?}");
 }
