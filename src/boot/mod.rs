@@ -6,8 +6,8 @@
 //!  0x0_1000  GDT                              0x2_0000  command line
 //!  0x0_6000  PVH start info, modules, map     0x9_FC00  MP table (the EBDA, reserved)
 //!  0x0_7000  zero page                        0xE_0000  RSDP and the ACPI tables (reserved)
-//!  0x0_8000  stack, growing down from 0x9000  0x10_0000 the kernel may go from here up
-//!  0x0_9000  page tables
+//!  0x0_8000  stack, growing down from 0x9000  0xF_FFF0  reset vector (reserved)
+//!  0x0_9000  page tables                      0x10_0000 the kernel may go from here up
 //! ```
 
 pub mod acpi;
@@ -43,10 +43,19 @@ pub const EBDA: u64 = 0x9_FC00;
 pub const EBDA_END: u64 = 0xA_0000;
 /// The BIOS area, where a guest looks for the RSDP (ACPI 6.5 §5.2.5.1). The tables follow it.
 pub const ACPI: u64 = 0xE_0000;
+/// End of the room for the ACPI tables.
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a processor in real mode begins after a reset.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// End of the BIOS area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const BIOS_END: u64 = 0x10_0000;
 /// Images are loaded from here up.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// 16-bit code that pulses the reset line through the i8042: `mov al, 0xfe; out 0x64, al; hlt;
+/// jmp $-1`. A kernel built with EFI takes a hardware-reduced machine for an EFI one, and failing
+/// that restarts through the BIOS: without this it would run through zeroes for ever.
+const RESET_CODE: [u8; 7] = [0xB0, 0xFE, 0xE6, 0x64, 0xF4, 0xEB, 0xFD];
 
 const fn follows(start: u64, end: u64, next: u64) -> bool {
     start < end && end <= next
@@ -61,7 +70,9 @@ const _: () = {
     assert!(follows(PAGE_TABLES, PAGE_TABLES + 6 * PAGE_SIZE, CMDLINE));
     assert!(follows(CMDLINE, CMDLINE_END, EBDA));
     assert!(follows(EBDA, EBDA_END, ACPI));
-    assert!(follows(ACPI, ACPI_END, HIGH_MEMORY));
+    assert!(follows(ACPI, ACPI_END, RESET_VECTOR));
+    assert!(follows(RESET_VECTOR, RESET_VECTOR + RESET_CODE.len() as u64, BIOS_END));
+    assert!(follows(RESET_VECTOR, BIOS_END, HIGH_MEMORY));
 };
 
 /// Why a guest cannot start.
@@ -101,6 +112,7 @@ pub fn fill(
     put(memory, &line, CMDLINE, CMDLINE_END).map_err(wrote("command line"))?;
     mptable::write(memory, vcpus).map_err(wrote("MP table"))?;
     let rsdp = acpi::write_tables(memory, vcpus, devices).map_err(wrote("ACPI tables"))?;
+    put(memory, &RESET_CODE, RESET_VECTOR, BIOS_END).map_err(wrote("reset vector"))?;
     params::write(ram, &loaded, rsdp).map_err(wrote("boot parameters"))?;
     if matches!(loaded.entry, Entry::Linux64 { .. }) {
         params::write_long_mode_tables(memory).map_err(wrote("page tables"))?;

@@ -6,7 +6,7 @@ use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_st
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::kernel::{Entry, Loaded};
-use super::{ACPI, ACPI_END, CMDLINE, EBDA, EBDA_END, GDT, HIGH_MEMORY, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
+use super::{ACPI, BIOS_END, CMDLINE, EBDA, EBDA_END, GDT, HIGH_MEMORY, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use crate::memory::{GuestMemory, GuestRam, MMIO_GAP_START, PAGE_SIZE};
 
 /// e820 type of usable memory.
@@ -81,7 +81,7 @@ pub const LONG_MODE: LongMode =
 pub fn memory_map(ram: &GuestRam) -> Vec<MapEntry> {
     let entry = |start, end, kind| MapEntry { start, size: end - start, kind };
     let mut map =
-        vec![entry(0, EBDA, E820_RAM), entry(EBDA, EBDA_END, E820_RESERVED), entry(ACPI, ACPI_END, E820_RESERVED)];
+        vec![entry(0, EBDA, E820_RAM), entry(EBDA, EBDA_END, E820_RESERVED), entry(ACPI, BIOS_END, E820_RESERVED)];
     if ram.low_end() > HIGH_MEMORY {
         map.push(entry(HIGH_MEMORY, ram.low_end(), E820_RAM));
     }
@@ -218,7 +218,7 @@ mod tests {
     fn tables_are_in_reserved_ranges_and_low_structures_in_ram() {
         let map = memory_map(&ram(16 * MIB));
         let kind = |gpa| map.iter().find(|e| (e.start..e.start + e.size).contains(&gpa)).map(|e| e.kind);
-        for reserved in [EBDA, EBDA_END - 1, ACPI, ACPI_END - 1] {
+        for reserved in [EBDA, EBDA_END - 1, ACPI, BIOS_END - 1] {
             assert_eq!(kind(reserved), Some(E820_RESERVED), "{reserved:#x}");
         }
         for usable in [ZERO_PAGE, PVH_START_INFO, CMDLINE, PAGE_TABLES, EBDA - 1, HIGH_MEMORY] {

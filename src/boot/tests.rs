@@ -39,6 +39,7 @@ fn everything_a_guest_looks_for_is_where_it_looks() {
     assert_eq!(string_at(&ram, CMDLINE), b"console=ttyS0 quiet");
     assert_eq!(string_at(&ram, 0x9_FC00)[..4], *b"_MP_");
     assert_eq!(string_at(&ram, 0xE_0000)[..8], *b"RSD PTR ");
+    assert_eq!(string_at(&ram, 0xF_FFF0), RESET_CODE);
     assert_eq!(string_at(&ram, ZERO_PAGE + 0x202)[..4], *b"HdrS");
     let pml4: u64 = ram.memory().read_obj(GuestAddress(LONG_MODE.cr3)).unwrap();
     assert_eq!(pml4, LONG_MODE.cr3 + 0x1000 + 3);
