@@ -2,26 +2,21 @@
 
 mod run;
 
+use std::error::Error;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use lexopt::{Arg, Parser};
 
-/// A launcher for microVMs.
-#[derive(Parser)]
-#[command(name = "vesiclectl", version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
+const HELP: &str = "\
+A launcher for microVMs.
 
-#[derive(Subcommand)]
-enum Command {
-    Run(run::Run),
-}
+Usage: vesiclectl run [OPTION]... [-- COMMAND...]
+
+  run    run a command in a microVM; `vesiclectl run --help` says how
+";
 
 fn main() -> ExitCode {
-    let Command::Run(run) = Arguments::parse().command;
-    match run.run() {
+    match command() {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprint!("vesiclectl: {error}");
@@ -34,4 +29,26 @@ fn main() -> ExitCode {
             ExitCode::from(run::FAILED)
         }
     }
+}
+
+/// Does what the arguments ask for; returns the exit status.
+fn command() -> Result<u8, Box<dyn Error>> {
+    let mut parser = Parser::from_env();
+    match parser.next().map_err(usage)? {
+        Some(Arg::Value(name)) if name == "run" => {
+            if let Some(run) = run::Run::parse(&mut parser).map_err(usage)? {
+                return run.run();
+            }
+            print!("{}", run::HELP);
+        }
+        Some(Arg::Long("help") | Arg::Short('h')) => print!("{HELP}"),
+        Some(argument) => return Err(usage(argument.unexpected())),
+        None => return Err("name a subcommand; --help lists them".into()),
+    }
+    Ok(0)
+}
+
+/// A message that has its cause in its text already.
+fn usage(error: lexopt::Error) -> Box<dyn Error> {
+    error.to_string().into()
 }

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use lexopt::{Arg, Parser, ValueExt};
 use rustix::termios::{self, OptionalActions, Termios};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -22,44 +23,41 @@ pub const FAILED: u8 = 125;
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
     i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
-/// Run a command in a microVM of its own.
-///
-/// The guest's serial port is standard output. The exit status is the command's; 125 means that there is none, and
-/// standard error says why. Without a command there is a shell, which takes a terminal.
-///
-/// On a terminal the command talks to it. Otherwise its standard input is empty, or with --stdin a copy of this one,
-/// read to its end before the guest starts.
-#[derive(clap::Args)]
+/// What `vesiclectl run --help` prints.
+pub const HELP: &str = "\
+Runs a command in a microVM of its own.
+
+Usage: vesiclectl run --vesicle FILE --kernel FILE [OPTION]... [-- COMMAND...]
+
+  --vesicle FILE      the VMM to run
+  --kernel FILE       an ELF vmlinux or a bzImage
+  --initramfs FILE    the default guest's, or one that runs jobs the same way
+  --rootfs FILE       run the command in this root file system, a raw image, which cannot be written to
+  --writable          let the guest write to the root file system: what it writes is in the image for good
+  --vcpus N           vCPUs, 1 to 32 [default: 1]
+  --memory MIB        memory [default: 256]
+  --boot-args ARGS    kernel arguments that follow the usual ones, such as loglevel=7 to see the kernel's messages
+  --stdin             give the command this standard input
+
+No shell looks at COMMAND. Without one there is a shell, which takes a terminal. What the guest writes to its serial
+port is standard output. The exit status is the command's; 125 means that there is none, and standard error says why.
+
+On a terminal the command talks to it. Otherwise its standard input is empty, or with --stdin a copy of this one, read
+to its end before the guest starts.
+";
+
+/// One run.
+#[derive(Debug)]
 pub struct Run {
-    /// The VMM to run
-    #[arg(long, value_name = "FILE")]
     vesicle: PathBuf,
-    /// The kernel: an ELF vmlinux or a bzImage
-    #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
-    /// The initial RAM disk; it has to be the default guest's, or one that runs jobs the same way
-    #[arg(long, value_name = "FILE")]
     initramfs: Option<PathBuf>,
-    /// Run the command in this root file system, a raw image, which cannot be written to
-    #[arg(long, value_name = "FILE")]
     rootfs: Option<PathBuf>,
-    /// Let the guest write to the root file system: what it writes is in the image for good
-    #[arg(long, requires = "rootfs")]
     writable: bool,
-    /// vCPUs, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u8,
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u64,
-    /// Kernel arguments that follow the usual ones, such as loglevel=7 to see the kernel's messages
-    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
     boot_args: Option<String>,
-    /// Give the command this standard input
-    #[arg(long)]
     stdin: bool,
-    /// The command and its arguments, which no shell looks at
-    #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -71,6 +69,45 @@ enum Console {
 }
 
 impl Run {
+    /// Takes the arguments that follow `run`; `None` if they ask for help.
+    ///
+    /// # Errors
+    /// An argument that is unknown, missing or malformed.
+    pub fn parse(parser: &mut Parser) -> Result<Option<Self>, lexopt::Error> {
+        let (mut vesicle, mut kernel) = (None, None);
+        let mut run = Self {
+            vesicle: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initramfs: None,
+            rootfs: None,
+            writable: false,
+            vcpus: 1,
+            memory: 256,
+            boot_args: None,
+            stdin: false,
+            command: Vec::new(),
+        };
+        while let Some(argument) = parser.next()? {
+            match argument {
+                Arg::Long("vesicle") => vesicle = Some(parser.value()?.into()),
+                Arg::Long("kernel") => kernel = Some(parser.value()?.into()),
+                Arg::Long("initramfs") => run.initramfs = Some(parser.value()?.into()),
+                Arg::Long("rootfs") => run.rootfs = Some(parser.value()?.into()),
+                Arg::Long("writable") => run.writable = true,
+                Arg::Long("vcpus") => run.vcpus = parser.value()?.parse()?,
+                Arg::Long("memory") => run.memory = parser.value()?.parse()?,
+                Arg::Long("boot-args") => run.boot_args = Some(parser.value()?.string()?),
+                Arg::Long("stdin") => run.stdin = true,
+                Arg::Long("help") | Arg::Short('h') => return Ok(None),
+                Arg::Value(first) => run.command = std::iter::once(first).chain(parser.raw_args()?).collect(),
+                _ => return Err(argument.unexpected()),
+            }
+        }
+        run.vesicle = vesicle.ok_or("--vesicle is missing")?;
+        run.kernel = kernel.ok_or("--kernel is missing")?;
+        Ok(Some(run))
+    }
+
     /// Runs the command; returns its exit status.
     pub fn run(&self) -> Result<u8, Box<dyn Error>> {
         let console = match io::stdin().is_terminal() && io::stdout().is_terminal() && !self.stdin {
