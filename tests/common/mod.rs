@@ -1,0 +1,440 @@
+//! The harness: describe a guest, boot it, talk to it.
+//!
+//! ```ignore
+//! let mut vm = Guest::debian("6.12").vcpus(2).boot();
+//! assert_eq!(vm.ok("nproc"), "2");
+//! vm.shut_down();
+//! ```
+//!
+//! The guests' paths come from the environment: `tools/test` prepares them and sets it.
+
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vesiclectl::{Client, Job, Script, Vesicle};
+
+/// Where KVM itself is emulated a guest takes seconds to boot, and longer beside others.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A quiet kernel whose console and shell are the serial port.
+pub const BOOT_ARGS: &str =
+    "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// The job of a guest that is told what to do as it goes: it runs the lines it is sent, one after the other. A record
+/// separator and the exit status end a command's output.
+const SHELL: &str = r#"printf '\036ready\n'
+while IFS= read -r line; do (eval "$line") </dev/null; printf '\036%d\n' $?; done
+"#;
+
+/// The path of a guest artefact that `tools/test` prepared, by the name `tools/guest` gives it.
+pub fn artefact(name: &str) -> PathBuf {
+    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
+    let path = std::env::var_os(&variable);
+    path.unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it to what ./tools/guest {name} prints")).into()
+}
+
+/// A guest to be.
+#[derive(Debug)]
+pub struct Guest {
+    dir: TempDir,
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    boot_args: String,
+    vcpus: u8,
+    memory: u64,
+    drives: Vec<Value>,
+    job: Option<Script>,
+    arguments: Vec<String>,
+}
+
+impl Guest {
+    fn new(kernel: PathBuf, initramfs: PathBuf, memory: u64) -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            kernel,
+            initramfs: Some(initramfs),
+            boot_args: BOOT_ARGS.to_owned(),
+            vcpus: 1,
+            memory,
+            drives: Vec::new(),
+            job: Some(SHELL.into()),
+            arguments: Vec::new(),
+        }
+    }
+
+    /// Debian's cloud kernel of a series, `6.12` or `6.1`, with 256 MiB and the default guest in its initramfs.
+    pub fn debian(series: &str) -> Self {
+        Self::new(artefact(&format!("kernel-{series}")), artefact(&format!("initramfs-{series}")), 256)
+    }
+
+    /// The tuned kernel, with 64 MiB and the default guest in its initramfs.
+    pub fn tuned() -> Self {
+        Self::new(artefact("kernel-tuned"), artefact("initramfs-tuned"), 64)
+    }
+
+    /// Boots this file instead.
+    pub fn kernel(self, kernel: impl Into<PathBuf>) -> Self {
+        Self { kernel: kernel.into(), ..self }
+    }
+
+    /// This many vCPUs instead of one.
+    pub fn vcpus(self, vcpus: u8) -> Self {
+        Self { vcpus, ..self }
+    }
+
+    /// Memory in MiB.
+    pub fn memory(self, memory: u64) -> Self {
+        Self { memory, ..self }
+    }
+
+    /// Further kernel arguments.
+    pub fn boot_args(mut self, more: &str) -> Self {
+        self.boot_args = format!("{} {more}", self.boot_args);
+        self
+    }
+
+    /// Without initramfs: the kernel mounts the root by itself.
+    pub fn no_initramfs(self) -> Self {
+        Self { initramfs: None, ..self }
+    }
+
+    /// A copy of the default guest's root file system is the root drive.
+    pub fn rootfs(mut self) -> Self {
+        let copy = self.dir.path().join("rootfs.ext4");
+        fs::copy(artefact("rootfs"), &copy).unwrap();
+        let root = json!({ "drive_id": "root", "is_root_device": true, "path_on_host": copy });
+        self.drives.insert(0, root);
+        self
+    }
+
+    /// A further drive: the body of PUT /drives, save `is_root_device`. The guest sees drives in the order given here,
+    /// after the root drive if there is one.
+    pub fn drive(mut self, id: &str, image: &Path, mut more: Value) -> Self {
+        more["drive_id"] = json!(id);
+        more["path_on_host"] = json!(image);
+        more["is_root_device"] = json!(false);
+        self.drives.push(more);
+        self
+    }
+
+    /// Runs this shell script and resets the machine, instead of waiting for commands.
+    pub fn job(self, script: &str) -> Self {
+        Self { job: Some(script.into()), ..self }
+    }
+
+    /// No job drive at all.
+    pub fn no_job(self) -> Self {
+        Self { job: None, ..self }
+    }
+
+    /// A further argument of the VMM.
+    pub fn argument(mut self, argument: impl Into<String>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// The VMM's process, with nothing configured.
+    pub fn launch(self) -> MicroVm {
+        let log = self.dir.path().join("log");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(File::options().create(true).append(true).open(&log).unwrap());
+        let mut vesicle = Vesicle::spawn(command).unwrap();
+        let serial = Serial::collect(vesicle.child().stdout.take().unwrap());
+        let job = self.job.as_ref().map(|script| Job::create(self.dir.path().join("job"), script.clone()).unwrap());
+        MicroVm { vesicle, serial, seen: 0, job, log, guest: self }
+    }
+
+    /// Everything configured, not started.
+    pub fn configure(self) -> MicroVm {
+        let vm = self.launch();
+        vm.put("/machine-config", &vm.guest.machine_config());
+        vm.put("/boot-source", &vm.guest.boot_source());
+        for drive in vm.drives() {
+            vm.put(&format!("/drives/{}", drive["drive_id"].as_str().unwrap()), &drive);
+        }
+        vm
+    }
+
+    /// Started, and left to itself.
+    pub fn start(self) -> MicroVm {
+        let vm = self.configure();
+        vm.start();
+        vm
+    }
+
+    /// Started, and ready for commands.
+    pub fn boot(self) -> MicroVm {
+        let mut vm = self.start();
+        vm.wait_until_ready();
+        vm
+    }
+
+    /// The body of PUT /machine-config.
+    pub fn machine_config(&self) -> Value {
+        json!({ "vcpu_count": self.vcpus, "mem_size_mib": self.memory })
+    }
+
+    /// The body of PUT /boot-source.
+    pub fn boot_source(&self) -> Value {
+        let mut body = json!({ "kernel_image_path": self.kernel, "boot_args": self.boot_args });
+        if let Some(initramfs) = &self.initramfs {
+            body["initrd_path"] = json!(initramfs);
+        }
+        body
+    }
+}
+
+/// A VMM's process and the microVM in it. It is killed when this is dropped; if the test has failed, what it said is
+/// shown.
+#[derive(Debug)]
+pub struct MicroVm {
+    vesicle: Vesicle,
+    serial: Arc<Serial>,
+    /// How much of the serial output belongs to commands that are over.
+    seen: usize,
+    job: Option<Job>,
+    log: PathBuf,
+    guest: Guest,
+}
+
+impl MicroVm {
+    /// The bodies of PUT /drives, in order: the job drive is last.
+    pub fn drives(&self) -> Vec<Value> {
+        let job = self.job.iter().map(|job| json!({ "drive_id": "job", "is_root_device": false, "path_on_host": job.path() }));
+        self.guest.drives.iter().cloned().chain(job).collect()
+    }
+
+    /// A directory that lives as long as this.
+    pub fn dir(&self) -> &Path {
+        self.guest.dir.path()
+    }
+
+    /// What was described.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    /// The API.
+    pub fn api(&self) -> &Client {
+        self.vesicle.api()
+    }
+
+    /// The process id.
+    pub fn pid(&mut self) -> u32 {
+        self.vesicle.child().id()
+    }
+
+    /// PUT, which must succeed.
+    pub fn put(&self, path: &str, body: &Value) {
+        let reply = self.api().put(path, body).unwrap();
+        assert_eq!(reply.status, 204, "PUT {path} {body}: {}", reply.body);
+    }
+
+    /// PATCH, which must succeed.
+    pub fn patch(&self, path: &str, body: &Value) {
+        let reply = self.api().patch(path, body).unwrap();
+        assert_eq!(reply.status, 204, "PATCH {path} {body}: {}", reply.body);
+    }
+
+    /// GET, which must succeed.
+    pub fn get(&self, path: &str) -> Value {
+        let reply = self.api().get(path).unwrap();
+        assert_eq!(reply.status, 200, "GET {path}: {}", reply.body);
+        reply.json()
+    }
+
+    /// PUT, which must be refused; returns the fault message.
+    pub fn refused_put(&self, path: &str, body: &Value) -> String {
+        let reply = self.api().put(path, body).unwrap();
+        assert_eq!(reply.status, 400, "PUT {path} {body}: {}", reply.body);
+        reply.fault()
+    }
+
+    /// InstanceStart.
+    pub fn start(&self) {
+        self.action("InstanceStart");
+    }
+
+    /// PUT /actions.
+    pub fn action(&self, action: &str) {
+        self.put("/actions", &json!({ "action_type": action }));
+    }
+
+    /// Pauses the microVM.
+    pub fn pause(&self) {
+        self.patch("/vm", &json!({ "state": "Paused" }));
+    }
+
+    /// Resumes it.
+    pub fn resume(&self) {
+        self.patch("/vm", &json!({ "state": "Resumed" }));
+    }
+
+    /// Waits until the guest takes commands.
+    pub fn wait_until_ready(&mut self) {
+        self.seen = self.serial.wait_for("the guest's shell", PATIENCE, |text| end_of(text, 0, "\u{1e}ready\n"));
+    }
+
+    /// Waits for a whole line of serial output that contains `text`, and returns it.
+    pub fn wait_for_line(&self, text: &str, timeout: Duration) -> String {
+        self.serial.wait_for(&format!("a line with {text:?}"), timeout, |output| {
+            let whole = &output[..output.rfind('\n').map_or(0, |end| end + 1)];
+            whole.lines().find(|line| line.contains(text)).map(str::to_owned)
+        })
+    }
+
+    /// Waits until something in the serial output since the last command contains `text`.
+    pub fn wait_for(&self, text: &str) {
+        self.serial.wait_for(&format!("{text:?}"), PATIENCE, |output| end_of(output, self.seen, text));
+    }
+
+    /// Everything the guest has written to its serial port.
+    pub fn output(&self) -> String {
+        self.serial.lock().text.clone()
+    }
+
+    /// Sends one line of shell without waiting for its end; [`MicroVm::finish`] does.
+    pub fn begin(&mut self, command: &str) {
+        assert!(!command.contains('\n') && command.len() < 4000, "one line, please: {command}");
+        let input = self.vesicle.child().stdin.as_mut().unwrap();
+        writeln!(input, "{command}").unwrap();
+    }
+
+    /// The output and the exit status of the command that was begun.
+    pub fn finish(&mut self, timeout: Duration) -> (String, i32) {
+        let seen = self.seen;
+        let (output, status, end) = self.serial.wait_for("the end of a command", timeout, |text| {
+            let (output, rest) = text[seen..].split_once('\u{1e}')?;
+            let (status, _) = rest.split_once('\n')?;
+            Some((output.to_owned(), status.parse().unwrap(), seen + output.len() + status.len() + 2))
+        });
+        self.seen = end;
+        (output, status)
+    }
+
+    /// Runs one line of shell; returns its output and exit status.
+    pub fn run(&mut self, command: &str) -> (String, i32) {
+        self.begin(command);
+        self.finish(PATIENCE)
+    }
+
+    /// Runs one line of shell, which must succeed; returns its output without the last newline.
+    pub fn ok(&mut self, command: &str) -> String {
+        let (output, status) = self.run(command);
+        assert_eq!(status, 0, "{command}: {output}");
+        output.trim_end_matches('\n').to_owned()
+    }
+
+    /// Waits for the VMM's end.
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        self.vesicle.wait_timeout(PATIENCE).unwrap().expect("the VMM should have ended by now")
+    }
+
+    /// Waits for the VMM's end and takes the exit status of the job.
+    pub fn wait_job(&mut self) -> Option<u8> {
+        assert!(self.wait_exit().success());
+        self.job.as_ref().unwrap().status().unwrap()
+    }
+
+    /// Has the guest reset the machine, which must end the VMM with status 0.
+    pub fn shut_down(mut self) {
+        self.begin("sync; reboot -f");
+        assert_eq!(self.wait_exit().code(), Some(0));
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.vesicle.signaller().terminate();
+    }
+
+    /// Ends the process as if the host had crashed under it, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.vesicle.signaller().kill();
+        self.wait_exit();
+    }
+
+    /// The VMM's log so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for MicroVm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the guest's serial output\n{}\n--- the VMM's log\n{}---", self.output(), self.log());
+        }
+    }
+}
+
+/// The end of the first `needle` in `text` from `start` on.
+fn end_of(text: &str, start: usize, needle: &str) -> Option<usize> {
+    text[start..].find(needle).map(|at| start + at + needle.len())
+}
+
+/// What came out of a serial port, collected by a thread.
+#[derive(Debug, Default)]
+struct Serial {
+    collected: Mutex<Collected>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Collected {
+    text: String,
+    ended: bool,
+}
+
+impl Serial {
+    fn collect(mut from: impl Read + Send + 'static) -> Arc<Self> {
+        let serial = Arc::new(Self::default());
+        let ours = Arc::clone(&serial);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let count = from.read(&mut buffer).unwrap_or(0);
+                let mut collected = ours.lock();
+                // Guests of the tests write ASCII; anything else is shown as well as it goes.
+                collected.text.push_str(&String::from_utf8_lossy(&buffer[..count]));
+                collected.ended = count == 0;
+                ours.changed.notify_all();
+                if count == 0 {
+                    return;
+                }
+            }
+        });
+        serial
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Collected> {
+        self.collected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `find` finds something in the output.
+    fn wait_for<T>(&self, what: &str, timeout: Duration, find: impl Fn(&str) -> Option<T>) -> T {
+        let deadline = Instant::now() + timeout;
+        let mut collected = self.lock();
+        loop {
+            if let Some(found) = find(&collected.text) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let why = if collected.ended { "the VMM ended" } else { "time was up" };
+            if collected.ended || left.is_zero() {
+                drop(collected);
+                panic!("waited for {what}, but {why}");
+            }
+            collected = self.changed.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
