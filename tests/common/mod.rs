@@ -15,10 +15,9 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vesiclectl::{Client, Job, Script, Vesicle};
@@ -44,21 +43,6 @@ pub fn artefact(name: &str) -> PathBuf {
         .into()
 }
 
-/// Holds a virtual machine that does nothing for as long as this process lives.
-///
-/// KVM patches its own code when the first virtual machine comes, when the last one goes and when all local APICs are
-/// enabled. The emulated CPUs of the lab do not always survive that while they run guests; with this machine around it
-/// happens before the first guest and after the last.
-fn hold_kvm_steady() {
-    static IDLE: OnceLock<(VmFd, VcpuFd)> = OnceLock::new();
-    IDLE.get_or_init(|| {
-        let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).expect("KVM is needed; ./tools/lab run has it anywhere");
-        vm.create_irq_chip().unwrap();
-        let vcpu = vm.create_vcpu(0).unwrap();
-        (vm, vcpu)
-    });
-}
-
 /// A guest to be.
 #[derive(Debug)]
 pub struct Guest {
@@ -75,7 +59,6 @@ pub struct Guest {
 
 impl Guest {
     fn new(kernel: PathBuf, initramfs: PathBuf, memory: u64) -> Self {
-        hold_kvm_steady();
         Self {
             dir: tempfile::tempdir().unwrap(),
             kernel,
