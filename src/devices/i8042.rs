@@ -28,11 +28,14 @@ const STATUS_UNLOCKED: u8 = 0x10;
 
 const CONFIG_KEYBOARD_INTERRUPT: u8 = 1;
 const CONFIG_SYSTEM: u8 = 4;
+const CONFIG_TRANSLATE: u8 = 0x40;
 const OUTPUT_PORT_RUNNING: u8 = 1;
 
 const KEYBOARD_ACK: u8 = 0xfa;
-/// Ctrl, Alt and Del pressed and released again, in scan code set 1.
-const CTRL_ALT_DEL: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
+/// Ctrl, Alt and Del pressed and released again as the keyboard sends them, in scan code set 2.
+const CTRL_ALT_DEL: &[u8] = &[0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 0x11, 0xf0, 0x14];
+/// The same after the controller's translation to set 1.
+const CTRL_ALT_DEL_TRANSLATED: &[u8] = &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
 /// What the controller holds before it drops answers: a guest that never reads loses them.
 const CAPACITY: usize = 16;
 
@@ -55,7 +58,8 @@ impl I8042 {
             interrupt,
             reset,
             output: VecDeque::with_capacity(CAPACITY),
-            config: CONFIG_KEYBOARD_INTERRUPT | CONFIG_SYSTEM,
+            // As firmware leaves it.
+            config: CONFIG_KEYBOARD_INTERRUPT | CONFIG_SYSTEM | CONFIG_TRANSLATE,
             output_port: OUTPUT_PORT_RUNNING,
             awaiting: None,
         }
@@ -107,10 +111,11 @@ impl I8042 {
     /// Presses and releases Ctrl-Alt-Del. Returns false, and does nothing, when the guest has left
     /// no room for it.
     pub fn press_ctrl_alt_del(&mut self) -> bool {
-        if self.output.len() + CTRL_ALT_DEL.len() > CAPACITY {
+        let keys = if self.config & CONFIG_TRANSLATE == 0 { CTRL_ALT_DEL } else { CTRL_ALT_DEL_TRANSLATED };
+        if self.output.len() + keys.len() > CAPACITY {
             return false;
         }
-        self.answer(&CTRL_ALT_DEL);
+        self.answer(keys);
         true
     }
 
@@ -161,7 +166,7 @@ mod tests {
         let mut i8042 = controller();
         i8042.write(COMMAND_PORT, COMMAND_READ_CONFIG);
         assert_eq!(i8042.read(COMMAND_PORT) & STATUS_OUTPUT_FULL, STATUS_OUTPUT_FULL);
-        assert_eq!(i8042.read(DATA_PORT), 5);
+        assert_eq!(i8042.read(DATA_PORT), 0x45);
         i8042.write(COMMAND_PORT, COMMAND_WRITE_CONFIG);
         i8042.write(DATA_PORT, 0x74);
         i8042.write(COMMAND_PORT, COMMAND_READ_CONFIG);
@@ -189,7 +194,17 @@ mod tests {
             assert!(i8042.interrupt().read().is_ok(), "an interrupt for every byte");
             keys.push(i8042.read(DATA_PORT));
         }
-        assert_eq!(keys, [CTRL_ALT_DEL, CTRL_ALT_DEL].concat());
+        assert_eq!(keys, [CTRL_ALT_DEL_TRANSLATED, CTRL_ALT_DEL_TRANSLATED].concat());
+    }
+
+    #[test]
+    fn a_driver_that_wants_no_translation_gets_the_keyboards_own_codes() {
+        let mut i8042 = controller();
+        i8042.write(COMMAND_PORT, COMMAND_WRITE_CONFIG);
+        i8042.write(DATA_PORT, CONFIG_KEYBOARD_INTERRUPT);
+        assert!(i8042.press_ctrl_alt_del());
+        let keys: Vec<_> = CTRL_ALT_DEL.iter().map(|_| i8042.read(DATA_PORT)).collect();
+        assert_eq!(keys, CTRL_ALT_DEL);
     }
 
     #[test]
