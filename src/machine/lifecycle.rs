@@ -394,7 +394,7 @@ impl Vmm {
                 Run::Exited(None) => return Some(Ending::clean("the vCPUs were stopped")),
             }
         }
-        if let (true, Some(reply)) = (parked, self.parking.take()) {
+        if parked && let Some(reply) = self.parking.take() {
             for device in &machine.bus.virtio {
                 device.quiesce();
             }
