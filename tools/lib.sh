@@ -9,7 +9,9 @@ tool=${0##*/}
 
 # A service or a bare container may start us with neither a home nor the administrator's directories.
 export HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
-export PATH=${PATH:-/usr/local/bin:/usr/bin:/bin}:/usr/local/sbin:/usr/sbin:/sbin
+PATH=${PATH:-/usr/local/bin:/usr/bin:/bin}
+[[ :$PATH: == *:/usr/sbin:* ]] || PATH+=:/usr/local/sbin:/usr/sbin:/sbin
+export PATH
 cache=$(realpath -m "${VESICLE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vesicle}")
 
 say() { printf '%s: %s\n' "$tool" "$*" >&2; }
