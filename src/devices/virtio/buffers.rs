@@ -1,17 +1,15 @@
 //! Descriptor chains as scatter-gather lists for the host's vectored system calls.
 
-use libc::iovec;
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use std::ptr;
 
-use super::Violation;
-use crate::memory::GuestMemory;
+use libc::iovec;
+use vm_memory::VolatileSlice;
 
 /// Guest buffers in order, as host addresses. Data is consumed from the front. Kept from request
 /// to request, so that the steady state allocates nothing.
 ///
 /// Every entry lies within guest RAM; whoever hands entries to the kernel or reads them keeps the
-/// [`GuestMemory`] they came from alive.
+/// guest memory they came from alive.
 #[derive(Debug, Default)]
 pub struct IoVecs {
     vecs: Vec<iovec>,
@@ -47,11 +45,11 @@ impl IoVecs {
         self.len = 0;
     }
 
-    /// Appends a buffer; an empty one is left out.
-    pub fn push(&mut self, slice: &VolatileSlice<'_>) {
-        if !slice.is_empty() {
-            self.len += slice.len() as u64;
-            self.vecs.push(iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    /// Appends `length` bytes at `start`, if there are any.
+    pub fn push(&mut self, start: *mut u8, length: usize) {
+        if length > 0 {
+            self.len += length as u64;
+            self.vecs.push(iovec { iov_base: start.cast(), iov_len: length });
         }
     }
 
@@ -83,27 +81,30 @@ impl IoVecs {
         Some(byte)
     }
 
-    /// Consumes as many bytes as `data` holds, copying them there, once. Returns whether there were
-    /// that many; if not, nothing is consumed.
+    /// Copies `N` bytes out, once, and consumes them. `None`, and nothing consumed, if there are fewer.
     ///
     /// # Safety
     ///
     /// The guest memory the buffers came from is alive.
-    pub unsafe fn read(&mut self, data: &mut [u8]) -> bool {
-        if self.len < data.len() as u64 {
-            return false;
+    pub unsafe fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
+        if self.len < N as u64 {
+            return None;
         }
-        let mut done = 0;
-        for vec in self.as_slice() {
+        let mut data = [0; N];
+        match self.as_slice().first() {
             // SAFETY: an entry lies within guest RAM, alive by this function's contract.
-            let slice = unsafe { VolatileSlice::new(vec.iov_base.cast(), vec.iov_len) };
-            done += slice.copy_to(&mut data[done..]);
-            if done == data.len() {
-                break;
+            Some(vec) if vec.iov_len >= N => data = unsafe { ptr::read_volatile(vec.iov_base.cast()) },
+            _ => {
+                let mut done = 0;
+                for vec in self.as_slice() {
+                    // SAFETY: as above.
+                    let slice = unsafe { VolatileSlice::new(vec.iov_base.cast(), vec.iov_len) };
+                    done += slice.copy_to(&mut data[done..]);
+                }
             }
         }
-        self.advance(done as u64);
-        true
+        self.advance(N as u64);
+        Some(data)
     }
 
     /// Consumes up to as many bytes as `data` holds, overwriting them with it. Returns how many.
@@ -138,42 +139,9 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// Replaces the content with the buffers of `chain`, a chain of a queue of `queue_size`.
-    ///
-    /// # Errors
-    ///
-    /// [`Violation`] if the chain does not end, is longer than the queue, has a readable buffer
-    /// after a writable one (virtio 1.2 §2.7.4.2), or leaves guest RAM.
-    pub fn fill(
-        &mut self,
-        chain: DescriptorChain<&GuestMemory>,
-        memory: &GuestMemory,
-        queue_size: u16,
-    ) -> Result<(), Violation> {
+    /// Forgets everything, keeps the allocations.
+    pub fn clear(&mut self) {
         self.readable.clear();
         self.writable.clear();
-        let head = chain.head_index();
-        let mut complete = false;
-        let mut count = 0;
-        for descriptor in chain {
-            count += 1;
-            let out_of_order = !descriptor.is_write_only() && !self.writable.is_empty();
-            if out_of_order || count > queue_size {
-                return Err(Violation::Chain(head));
-            }
-            complete = !descriptor.has_next();
-            let vecs = if descriptor.is_write_only() { &mut self.writable } else { &mut self.readable };
-            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let slice = slice.map_err(|_| Violation::Buffer {
-                    head,
-                    address: descriptor.addr().0,
-                    length: descriptor.len(),
-                })?;
-                vecs.push(&slice);
-            }
-        }
-        // The iterator ends early at an index outside of the table, at a bad indirect table and at
-        // a loop: what tells them from a proper end is that the last descriptor has a successor.
-        if complete { Ok(()) } else { Err(Violation::Chain(head)) }
     }
 }

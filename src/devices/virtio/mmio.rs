@@ -140,8 +140,8 @@ impl VirtioMmio {
     pub fn quiesce(&self) {
         let mut transport = self.lock();
         transport.paused = true;
-        let outcome = transport.device.quiesce().map(|()| Progress::Idle);
-        self.conclude(transport, outcome);
+        transport.device.quiesce();
+        self.conclude(transport, Ok(Progress::Idle));
     }
 
     /// Lets the device work again and looks for what the guest asked meanwhile (vmm thread).
@@ -158,9 +158,7 @@ impl VirtioMmio {
     /// Those of `change`.
     pub fn update<E>(&self, change: impl FnOnce(&mut Device) -> Result<ConfigChange, E>) -> Result<(), E> {
         let mut transport = self.lock();
-        if let Err(violation) = transport.device.quiesce() {
-            transport.needs_reset(&violation);
-        }
+        transport.device.quiesce();
         if change(&mut transport.device)? == ConfigChange::Changed {
             transport.config_changed();
         }
@@ -368,7 +366,7 @@ impl Transport {
             .enumerate()
             .map(|(index, state)| {
                 let state = QueueState { event_idx_enabled: event_idx, ..*state };
-                Virtqueue::new(index, state, self.memory.clone(), Arc::clone(&self.interrupt))
+                Virtqueue::new(index, &state, self.memory.clone(), Arc::clone(&self.interrupt))
             })
             .collect();
         match queues {
@@ -380,8 +378,7 @@ impl Transport {
     /// §2.1.2: the device stops, says so, and waits for the driver to reset it.
     fn needs_reset(&mut self, violation: &Violation) {
         self.device.count_violation();
-        let cause = std::error::Error::source(violation).map(|source| format!(": {source}")).unwrap_or_default();
-        warn_limited!("virtio-{} device needs a reset: {violation}{cause}", self.device.kind());
+        warn_limited!("virtio-{} device needs a reset: {violation}", self.device.kind());
         self.device.reset();
         self.status |= NEEDS_RESET;
         self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);

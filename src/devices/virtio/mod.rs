@@ -115,13 +115,20 @@ impl fmt::Display for Kind {
 }
 
 /// How the driver broke the protocol. The device stops and asks for a reset; the VM lives on.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    /// A queue cannot be used as it was set up (virtio 1.2 §2.7).
-    #[error("queue {0} is unusable")]
-    Queue(usize, #[source] virtio_queue::Error),
-    /// Part of a queue is outside of guest RAM.
-    #[error("queue {queue}: {part} at {address:#x} is not in guest RAM")]
+    /// The driver is ready but its queue is not, or its size is none (virtio 1.2 §2.7).
+    #[error("queue {queue} is unusable: size {size}, ready: {ready}")]
+    QueueSize {
+        /// Queue index.
+        queue: usize,
+        /// What the driver chose; 0 if it does not fit 16 bits.
+        size: u16,
+        /// QueueReady.
+        ready: bool,
+    },
+    /// Part of a queue is outside of guest RAM, or not aligned.
+    #[error("queue {queue}: {part} at {address:#x} is not aligned or not in guest RAM")]
     QueueAddress {
         /// Queue index.
         queue: usize,
@@ -129,6 +136,16 @@ pub enum Violation {
         part: &'static str,
         /// Guest physical address.
         address: u64,
+    },
+    /// More chains on offer than the queue is long.
+    #[error("queue {queue}: the available index {index} is {ahead} ahead")]
+    AvailableIndex {
+        /// Queue index.
+        queue: usize,
+        /// What the driver wrote.
+        index: u16,
+        /// How far that is from the last chain taken.
+        ahead: u16,
     },
     /// A head index, or an index in a chain, that is not in the descriptor table; a chain that
     /// is longer than the queue, longer than 4 GiB, or nests indirect tables (§2.7.5).
@@ -181,7 +198,7 @@ pub trait VirtioDevice {
     /// The descriptors to watch besides the kick.
     fn sources(&self) -> Vec<Source>;
     /// Waits until nothing is in flight and the guest has been told.
-    fn quiesce(&mut self) -> Result<(), Violation>;
+    fn quiesce(&mut self);
     /// Counts a violation among the device's metrics.
     fn count_violation(&self);
 }
@@ -234,7 +251,7 @@ impl VirtioDevice for Device {
         each!(self, device => device.sources())
     }
 
-    fn quiesce(&mut self) -> Result<(), Violation> {
+    fn quiesce(&mut self) {
         each!(self, device => device.quiesce())
     }
 

@@ -1,53 +1,141 @@
 //! A split virtqueue as devices use it (virtio 1.2 §2.7).
+//!
+//! ```text
+//!  descriptor table   16 × size   address u64, length u32, flags u16, next u16
+//!  available ring      6 + 2 × size   flags, idx, ring[size], used_event
+//!  used ring           6 + 8 × size   flags, idx, ring[size] of (id u32, length u32), avail_event
+//! ```
+//!
+//! Where the three lie in this process is found out once, when the driver has set the queue up:
+//! from then on a request costs a handful of plain loads and stores. The guest may change all of
+//! it at any time, so every field is read once and checked after it was read.
 
-use std::mem;
+use std::num::Wrapping;
+use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
-use virtio_queue::{Error, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use virtio_queue::QueueState;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Buffers, INTERRUPT_USED_BUFFER, Interrupt, Violation};
 use crate::memory::GuestMemory;
+
+const DESCRIPTOR_SIZE: u64 = 16;
+
+/// Guest RAM by host address.
+#[derive(Debug)]
+struct Ram {
+    regions: Vec<Region>,
+    /// Keeps the regions mapped.
+    _memory: GuestMemory,
+}
+
+#[derive(Debug)]
+struct Region {
+    start: u64,
+    length: u64,
+    host: *mut u8,
+}
+
+impl Ram {
+    fn new(memory: GuestMemory) -> Self {
+        let regions = memory
+            .iter()
+            .map(|region| Region { start: region.start_addr().0, length: region.len(), host: region.as_ptr() })
+            .collect();
+        Self { regions, _memory: memory }
+    }
+
+    /// The host address of `address`, and how many bytes follow it in its region.
+    fn find(&self, address: u64) -> Option<(*mut u8, u64)> {
+        self.regions.iter().find_map(|region| {
+            let offset = address.wrapping_sub(region.start);
+            (offset < region.length).then(|| (region.host.wrapping_add(offset as usize), region.length - offset))
+        })
+    }
+
+    /// The host address of `length` bytes at `address`, if all are in one region.
+    fn range(&self, address: u64, length: u64) -> Option<*mut u8> {
+        self.find(address).filter(|&(_, rest)| length <= rest).map(|(host, _)| host)
+    }
+}
+
+/// A descriptor, copied out of guest memory.
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
 
 /// A queue that was set up, with the memory it lies in and the interrupt that announces it.
 #[derive(Debug)]
 pub struct Virtqueue {
     index: usize,
-    queue: Queue,
-    memory: GuestMemory,
+    size: u16,
+    event_idx: bool,
+    descriptors: *const u8,
+    available: *const AtomicU16,
+    used: *const AtomicU16,
+    /// The next entry of the available ring to take, and the end of those known to be there.
+    next_available: Wrapping<u16>,
+    end_available: Wrapping<u16>,
+    /// The next entry of the used ring to write, and the first the driver was not told of.
+    next_used: Wrapping<u16>,
+    unannounced: Wrapping<u16>,
+    ram: Ram,
     interrupt: Arc<Interrupt>,
-    /// Buffers were used and the driver was not told.
-    unannounced: bool,
 }
+
+// SAFETY: the pointers refer to guest RAM, which `ram` keeps mapped and which is no thread's own;
+// every access is atomic or volatile.
+unsafe impl Send for Virtqueue {}
 
 impl Virtqueue {
     /// Queue `index` of a device as the driver set it up.
     ///
     /// # Errors
     ///
-    /// [`Violation`] unless all of it is aligned, in guest RAM and ready.
+    /// [`Violation`] unless it is ready, its size a power of two, and each part of it aligned and in
+    /// guest RAM.
     pub fn new(
         index: usize,
-        state: QueueState,
+        state: &QueueState,
         memory: GuestMemory,
         interrupt: Arc<Interrupt>,
     ) -> Result<Self, Violation> {
-        if !state.ready {
-            return Err(Violation::Queue(index, Error::QueueNotReady));
+        let size = state.size;
+        if !state.ready || !size.is_power_of_two() || size > state.max_size {
+            return Err(Violation::QueueSize { queue: index, size, ready: state.ready });
         }
-        let size = usize::from(state.size);
-        // The rings end in the event index fields, whether used or not.
-        for (part, address, length) in [
-            ("descriptor table", state.desc_table, 16 * size),
-            ("available ring", state.avail_ring, 6 + 2 * size),
-            ("used ring", state.used_ring, 6 + 8 * size),
-        ] {
-            if address == 0 || !memory.check_range(GuestAddress(address), length) {
-                return Err(Violation::QueueAddress { queue: index, part, address });
-            }
-        }
-        let queue = Queue::try_from(state).map_err(|error| Violation::Queue(index, error))?;
-        Ok(Self { index, queue, memory, interrupt, unannounced: false })
+        let ram = Ram::new(memory);
+        let place = |part, address: u64, length, alignment| {
+            let host = ram.range(address, length).filter(|_| address != 0 && address.is_multiple_of(alignment));
+            host.ok_or(Violation::QueueAddress { queue: index, part, address })
+        };
+        // The rings end in the event index fields, whether used or not. Regions begin at page
+        // boundaries, so what is aligned for the guest is aligned here.
+        let descriptors = place("descriptor table", state.desc_table, DESCRIPTOR_SIZE * u64::from(size), 16)?;
+        let available = place("available ring", state.avail_ring, 6 + 2 * u64::from(size), 2)?;
+        let used = place("used ring", state.used_ring, 6 + 8 * u64::from(size), 4)?;
+        Ok(Self {
+            index,
+            size,
+            event_idx: state.event_idx_enabled,
+            descriptors,
+            available: available.cast(),
+            used: used.cast(),
+            next_available: Wrapping(state.next_avail),
+            end_available: Wrapping(state.next_avail),
+            next_used: Wrapping(state.next_used),
+            unannounced: Wrapping(state.next_used),
+            ram,
+            interrupt,
+        })
     }
 
     /// Takes the next chain: its buffers replace what is in `buffers`. Returns its head, or `None`
@@ -59,43 +147,174 @@ impl Virtqueue {
     ///
     /// [`Violation`] if the ring or the chain is malformed. It is not taken a second time.
     pub fn pop(&mut self, buffers: &mut Buffers) -> Result<Option<u16>, Violation> {
-        let broken = |error| Violation::Queue(self.index, error);
-        let mut chain = self.queue.iter(&self.memory).map_err(broken)?.next();
-        if chain.is_none() && self.queue.enable_notification(&self.memory).map_err(broken)? {
-            // One was offered just before the driver could know that it has to notify.
-            chain = self.queue.iter(&self.memory).map_err(broken)?.next();
+        if self.next_available == self.end_available && !self.look_for_more()? {
+            return Ok(None);
         }
-        let Some(chain) = chain else { return Ok(None) };
-        let head = chain.head_index();
-        buffers.fill(chain, &self.memory, self.queue.size())?;
+        let slot = self.next_available.0 & (self.size - 1);
+        let head = u16::from_le(self.available(2 + slot).load(Ordering::Relaxed));
+        self.next_available += 1;
+        self.gather(head, buffers)?;
         Ok(Some(head))
     }
 
     /// Puts the chain that was taken last back, to be taken again.
     pub fn undo_pop(&mut self) {
-        self.queue.go_to_previous_position();
+        self.next_available -= 1;
     }
 
     /// Gives the chain at `head` back with `written` bytes in its writable buffers.
-    ///
-    /// # Errors
-    ///
-    /// [`Violation`] if `head` is not in the descriptor table.
-    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), Violation> {
-        self.unannounced = true;
-        self.queue.add_used(&self.memory, head, written).map_err(|error| Violation::Queue(self.index, error))
+    pub fn add_used(&mut self, head: u16, written: u32) {
+        let slot = self.next_used.0 & (self.size - 1);
+        let element = self.used.wrapping_add(2 + 4 * usize::from(slot)).cast::<AtomicU32>();
+        // SAFETY: `slot` is less than the size of the ring, all of which lies in guest RAM and is
+        // aligned to 4 bytes (`Self::new`).
+        let (id, length) = unsafe { (&*element, &*element.wrapping_add(1)) };
+        id.store(u32::from(head).to_le(), Ordering::Relaxed);
+        length.store(written.to_le(), Ordering::Relaxed);
+        self.next_used += 1;
+        // The driver sees the element before the index that covers it.
+        self.used(1).store(self.next_used.0.to_le(), Ordering::Release);
     }
 
-    /// Interrupts the driver if it wants to know of what was used since the last time.
-    ///
-    /// # Errors
-    ///
-    /// None that a queue in guest RAM can have.
-    pub fn announce(&mut self) -> Result<(), Violation> {
-        let broken = |error| Violation::Queue(self.index, error);
-        if mem::take(&mut self.unannounced) && self.queue.needs_notification(&self.memory).map_err(broken)? {
+    /// Interrupts the driver if it wants to know of what was used since the last time (§2.7.7, §2.7.10).
+    pub fn announce(&mut self) {
+        if self.unannounced == self.next_used {
+            return;
+        }
+        // The used index has to be out before the driver's wish is read: it looks again after
+        // it has changed its wish.
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            let event = Wrapping(u16::from_le(self.available(2 + self.size).load(Ordering::Relaxed)));
+            self.next_used - event - Wrapping(1) < self.next_used - self.unannounced
+        } else {
+            let flags = u16::from_le(self.available(0).load(Ordering::Relaxed));
+            u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        self.unannounced = self.next_used;
+        if wanted {
             self.interrupt.raise(INTERRUPT_USED_BUFFER);
         }
+    }
+
+    /// Whether the driver has offered something since the last look. If not, it is asked to notify
+    /// (§2.7.10) and there is another look: it may have offered just before it could know.
+    fn look_for_more(&mut self) -> Result<bool, Violation> {
+        if self.read_index()? {
+            return Ok(true);
+        }
+        // Without event indices the driver always notifies: it was never asked not to.
+        if self.event_idx {
+            self.used(2 + 4 * usize::from(self.size)).store(self.next_available.0.to_le(), Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            return self.read_index();
+        }
+        Ok(false)
+    }
+
+    fn read_index(&mut self) -> Result<bool, Violation> {
+        // What the driver wrote before the index is seen with it.
+        let end = Wrapping(u16::from_le(self.available(1).load(Ordering::Acquire)));
+        let ahead = (end - self.next_available).0;
+        if ahead > self.size {
+            return Err(Violation::AvailableIndex { queue: self.index, index: end.0, ahead });
+        }
+        self.end_available = end;
+        Ok(ahead > 0)
+    }
+
+    /// Collects the buffers of the chain at `head` (§2.7.5).
+    fn gather(&self, head: u16, buffers: &mut Buffers) -> Result<(), Violation> {
+        let malformed = Violation::Chain(head);
+        buffers.clear();
+        let (mut table, mut table_size, mut indirect) = (self.descriptors, u32::from(self.size), false);
+        let mut index = head;
+        let mut count = 0;
+        let mut total = 0u32;
+        loop {
+            if u32::from(index) >= table_size {
+                return Err(malformed);
+            }
+            // SAFETY: the table lies in guest RAM up to `table_size`: here by `Self::new`, the
+            // indirect one by the check below.
+            let descriptor = unsafe { read_descriptor(table, index) };
+            let has = |flag: u32| u32::from(descriptor.flags) & flag != 0;
+            if has(VRING_DESC_F_INDIRECT) {
+                // At most one indirect table, at the end of the chain, of whole descriptors.
+                let length = u64::from(descriptor.length);
+                let nested = indirect || has(VRING_DESC_F_NEXT) || !length.is_multiple_of(DESCRIPTOR_SIZE);
+                let place = self.ram.range(descriptor.address, length).filter(|_| !nested);
+                table = place.ok_or(malformed)?;
+                (table_size, index, indirect) = (descriptor.length / 16, 0, true);
+                continue;
+            }
+            count += 1;
+            total = match total.checked_add(descriptor.length) {
+                // A chain with a loop is longer than the queue, too.
+                Some(total) if count <= self.size => total,
+                _ => return Err(malformed),
+            };
+            self.add_buffer(head, &descriptor, has(VRING_DESC_F_WRITE), buffers)?;
+            if !has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+    }
+
+    fn add_buffer(
+        &self,
+        head: u16,
+        descriptor: &Descriptor,
+        writable: bool,
+        buffers: &mut Buffers,
+    ) -> Result<(), Violation> {
+        let &Descriptor { mut address, length, .. } = descriptor;
+        if !writable && !buffers.writable.is_empty() {
+            return Err(Violation::Chain(head));
+        }
+        let vecs = if writable { &mut buffers.writable } else { &mut buffers.readable };
+        let mut left = u64::from(length);
+        while left > 0 {
+            let Some((host, rest)) = self.ram.find(address) else {
+                return Err(Violation::Buffer { head, address: descriptor.address, length });
+            };
+            let step = left.min(rest);
+            vecs.push(host, step as usize);
+            left -= step;
+            address = address.wrapping_add(step);
+        }
         Ok(())
+    }
+
+    /// A field of the available ring, counted in 16 bits.
+    fn available(&self, field: u16) -> &AtomicU16 {
+        debug_assert!(field < 3 + self.size);
+        // SAFETY: the ring of `3 + size` fields lies in guest RAM, aligned (`Self::new`).
+        unsafe { &*self.available.wrapping_add(usize::from(field)) }
+    }
+
+    /// A field of the used ring, counted in 16 bits.
+    fn used(&self, field: usize) -> &AtomicU16 {
+        debug_assert!(field < 3 + 4 * usize::from(self.size));
+        // SAFETY: the ring of `3 + 4 * size` fields lies in guest RAM, aligned (`Self::new`).
+        unsafe { &*self.used.wrapping_add(field) }
+    }
+}
+
+/// Copies a descriptor, once.
+///
+/// # Safety
+///
+/// The table at `table` has more than `index` descriptors, all in mapped memory.
+unsafe fn read_descriptor(table: *const u8, index: u16) -> Descriptor {
+    let at = table.wrapping_add(usize::from(index) * DESCRIPTOR_SIZE as usize);
+    // SAFETY: by this function's contract; an indirect table may be anywhere, so bytes are read.
+    let bytes = u128::from_le_bytes(unsafe { ptr::read_volatile(at.cast()) });
+    Descriptor {
+        address: bytes as u64,
+        length: (bytes >> 64) as u32,
+        flags: (bytes >> 96) as u16,
+        next: (bytes >> 112) as u16,
     }
 }

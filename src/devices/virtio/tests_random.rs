@@ -215,7 +215,7 @@ proptest! {
             ..QueueState::default()
         };
         let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-        let mut queue = Virtqueue::new(0, state, guest.memory.clone(), interrupt).unwrap();
+        let mut queue = Virtqueue::new(0, &state, guest.memory.clone(), interrupt).unwrap();
         let ram: Vec<(u64, u64)> = guest.memory.iter()
             .map(|region| (region.as_volatile_slice().unwrap().ptr_guard().as_ptr() as u64, region.len()))
             .collect();

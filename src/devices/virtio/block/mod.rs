@@ -246,16 +246,16 @@ impl Block {
             return Ok(None);
         }
         self.requests.claim(token);
-        self.proceed(token, step)?;
+        self.proceed(token, step);
         Ok(Some(length))
     }
 
     /// Takes a request from `step` to its end, or to where it waits for the host.
-    fn proceed(&mut self, token: u16, mut step: Step) -> Result<(), Violation> {
+    fn proceed(&mut self, token: u16, mut step: Step) {
         let request = &mut self.requests.slots[usize::from(token)];
         let Some(active) = self.active.as_mut().filter(|active| !active.stopped) else {
             self.requests.release(token);
-            return Ok(());
+            return;
         };
         let status = loop {
             match step {
@@ -264,7 +264,7 @@ impl Block {
                     // result is there; the buffers lie in guest RAM, which `active` keeps until
                     // no request is in use. Both outlive the engine: fields drop in order.
                     let result = unsafe { self.engine.start(&self.disk.file, token, &request.operation()) };
-                    let Some(result) = result else { return Ok(()) };
+                    let Some(result) = result else { return };
                     step = request.advance(result);
                 }
                 Step::Done(status) => break status,
@@ -278,28 +278,35 @@ impl Block {
         // SAFETY: the request was parsed with this memory, which `active` keeps.
         let (head, written) = unsafe { request.finish(status) };
         self.requests.release(token);
-        active.queue.add_used(head, written)
+        active.queue.add_used(head, written);
     }
 
     /// Exchanges with the host what was started for what is completed. Returns whether the host
     /// refused to take something and must be asked again.
-    fn exchange(&mut self) -> Result<bool, Violation> {
-        loop {
+    fn exchange(&mut self) -> bool {
+        while self.requests.in_use() > 0 {
             if let Err(error) = self.engine.submit() {
                 warn_limited!("drive {}: io_uring takes no requests: {error}", self.drive_id);
-                return Ok(true);
+                return true;
             }
-            let Some((token, result)) = self.engine.completed() else { return Ok(false) };
-            self.complete(token, result)?;
+            let Some((token, result)) = self.engine.completed() else { break };
+            self.complete(token, result);
             while let Some((token, result)) = self.engine.completed() {
-                self.complete(token, result)?;
+                self.complete(token, result);
             }
         }
+        false
     }
 
-    fn complete(&mut self, token: u16, result: io::Result<usize>) -> Result<(), Violation> {
+    fn complete(&mut self, token: u16, result: io::Result<usize>) {
         let step = self.requests.slots[usize::from(token)].advance(result);
-        self.proceed(token, step)
+        self.proceed(token, step);
+    }
+
+    fn announce(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.queue.announce();
+        }
     }
 }
 
@@ -346,13 +353,13 @@ impl VirtioDevice for Block {
             COMPLETION => {}
             _ => self.metrics.queue_event_count.inc(),
         }
-        let mut refused = self.exchange()?;
+        let mut refused = self.exchange();
         let mut progress = Progress::Idle;
         if !self.limiter.is_throttled() {
             progress = self.take_requests()?;
-            refused |= self.exchange()?;
+            refused |= self.exchange();
         }
-        self.active.as_mut().map_or(Ok(()), |active| active.queue.announce())?;
+        self.announce();
         Ok(if refused { Progress::More } else { progress })
     }
 
@@ -362,15 +369,15 @@ impl VirtioDevice for Block {
         sources
     }
 
-    fn quiesce(&mut self) -> Result<(), Violation> {
+    fn quiesce(&mut self) {
         while self.requests.in_use() > 0 {
             if let Err(error) = self.engine.wait() {
                 log::error!("drive {}: cannot wait for io_uring: {error}", self.drive_id);
                 break;
             }
-            self.exchange()?;
+            self.exchange();
         }
-        self.active.as_mut().map_or(Ok(()), |active| active.queue.announce())
+        self.announce();
     }
 
     fn count_violation(&self) {

@@ -11,7 +11,6 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::VolatileSlice;
 
 use super::disk::{Disk, SECTOR_SIZE};
 use crate::devices::virtio::{Buffers, IoVecs, Violation};
@@ -159,11 +158,8 @@ impl Request {
         self.ranges.clear();
         let Some(status) = self.buffers.writable.take_last_byte() else { return Err(Violation::Framing(head)) };
         self.status = status;
-        let mut header = [0; 16];
         // SAFETY: alive by this function's contract.
-        if !unsafe { self.buffers.readable.read(&mut header) } {
-            return Err(Violation::Framing(head));
-        }
+        let Some(header) = (unsafe { self.buffers.readable.read() }) else { return Err(Violation::Framing(head)) };
         let [kind, _priority, low, high] = words(header);
         self.kind = Kind::from(kind);
         Ok(self.begin(u64::from(low) | u64::from(high) << 32, disk, rules))
@@ -176,7 +172,7 @@ impl Request {
             Kind::Write => self.begin_transfer(sector, self.buffers.readable.len(), disk),
             Kind::Flush if rules.flush => Step::Operate,
             Kind::GetId => {
-                // SAFETY: `parse`, the only caller, has just filled the buffers from live memory.
+                // SAFETY: `parse`, from which this is called, promises that the memory is alive.
                 self.length = unsafe { self.buffers.writable.write(&disk.id) } as u64;
                 Step::Done(Status::Ok)
             }
@@ -208,9 +204,8 @@ impl Request {
         if length == 0 || !length.is_multiple_of(16) || length > u64::from(segments) * 16 {
             return Step::Done(Status::IoError);
         }
-        let mut segment = [0; 16];
-        // SAFETY: `parse`, the only caller, has just filled the buffers from live memory.
-        while unsafe { self.buffers.readable.read(&mut segment) } {
+        // SAFETY: `parse`, from which this is called, promises that the memory is alive.
+        while let Some(segment) = unsafe { self.buffers.readable.read() } {
             let [low, high, count, flags] = words(segment);
             let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
             if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || discard && unmap {
@@ -304,8 +299,8 @@ impl Request {
         let mut left = length;
         while left > 0 {
             let step = left.min(ZEROES.len() as u64);
-            // SAFETY: within a static array. Nothing is ever written to it: `pwritev` only reads.
-            self.zeroes.push(&unsafe { VolatileSlice::new(ZEROES.as_ptr().cast_mut().cast(), step as usize) });
+            // Nothing is ever written there: the host only reads what it is to write.
+            self.zeroes.push(ZEROES.as_ptr().cast_mut().cast(), step as usize);
             left -= step;
         }
     }
@@ -363,7 +358,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
     use super::*;
     use crate::memory::GuestMemory;
@@ -387,16 +382,16 @@ mod tests {
 
     /// A request of `kind` at sector 0 for all the data at 0x1000, in pieces of 1000 bytes.
     fn request(memory: &GuestMemory, kind: u32, data: u64, disk: &Disk) -> (Request, Step) {
-        let slice = |at, length| memory.get_slice(GuestAddress(at), length).unwrap();
+        let host = |at| memory.get_host_address(GuestAddress(at)).unwrap();
         memory.write_obj([kind, 0, 0, 0], GuestAddress(0)).unwrap();
         let mut request = Request::default();
         let Buffers { readable, writable } = &mut request.buffers;
-        readable.push(&slice(0, 16));
+        readable.push(host(0), 16);
         let vecs = if kind == VIRTIO_BLK_T_IN { &mut *writable } else { readable };
         for at in (0..data).step_by(1000) {
-            vecs.push(&slice(0x1000 + at, 1000.min(data - at) as usize));
+            vecs.push(host(0x1000 + at), 1000.min(data - at) as usize);
         }
-        writable.push(&slice(0x100, 1));
+        writable.push(host(0x100), 1);
         // SAFETY: the caller holds the memory.
         let step = unsafe { request.parse(3, disk, ANYTHING) }.unwrap();
         (request, step)

@@ -513,3 +513,18 @@ fn a_new_file_has_its_own_capacity_content_and_id() {
         assert_eq!(drive.metrics.update_count.get(), 1);
     }
 }
+
+#[test]
+#[ignore]
+fn hot_path() {
+    let file = crate::devices::virtio::testing::file(1 << 20);
+    let drive = Drive::new(&drive(IoEngine::Sync), file);
+    drive.header(IN, 8);
+    let head = drive.guest.chain(&[readable(HEADER, 16), writable(DATA, 4096), writable(STATUS, 1)]);
+    for i in 0..10000u32 {
+        drive.guest.set_used_event(i as u16);
+        drive.guest.offer(head);
+        drive.guest.mmio.on_event(0);
+    }
+    assert_eq!(drive.guest.interrupt(), 1);
+}
