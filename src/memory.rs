@@ -143,8 +143,6 @@ pub enum Error {
 /// A range of RAM as KVM wants to know it (`KVM_SET_USER_MEMORY_REGION`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
-    /// Slot number, from 0.
-    pub index: u32,
     /// Guest physical address.
     pub gpa: u64,
     /// Bytes.
@@ -188,8 +186,7 @@ impl GuestRam {
 
     /// The memory slots to register with KVM, by ascending address.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
-        (0..).zip(self.memory.iter()).map(|(index, region)| Slot {
-            index,
+        self.memory.iter().map(|region| Slot {
             gpa: region.start_addr().0,
             size: region.len(),
             host: region.as_ptr() as u64,

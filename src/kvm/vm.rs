@@ -1,11 +1,13 @@
 //! The VM: memory slots, interrupt controllers, event descriptors.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, ioctl};
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, GuestRam, Slot};
 
 /// `/dev/kvm`, checked, with what it supports read once.
 #[derive(Debug)]
@@ -28,6 +30,7 @@ impl Kvm {
             (Cap::Ioeventfd, "ioeventfd"),
             (Cap::Irqfd, "irqfd"),
             (Cap::UserMemory, "user memory regions"),
+            (Cap::ReadonlyMem, "read-only memory slots"),
             (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
             (Cap::ImmediateExit, "immediate_exit"),
         ] {
@@ -53,21 +56,25 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes a VM over `ram`, with PIC, I/O APIC, local APICs and PIT in the kernel.
-    pub fn new(kvm: &Kvm, ram: &GuestRam) -> Result<Self, Error> {
+    /// Makes a VM over `ram` and memory it can only read, with PIC, I/O APIC, local APICs and PIT in
+    /// the kernel.
+    ///
+    /// # Safety
+    /// What `read_only` names is mapped as long as the VM lives, and `ram` outlives the VM.
+    pub unsafe fn new(kvm: &Kvm, ram: &GuestRam, read_only: Option<Slot>) -> Result<Self, Error> {
         let fd = kvm.fd.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(memory::KVM_TSS as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
-        for slot in ram.slots() {
+        let slots = ram.slots().map(|slot| (slot, 0)).chain(read_only.map(|slot| (slot, KVM_MEM_READONLY)));
+        for (index, (slot, flags)) in (0..).zip(slots) {
             let region = kvm_userspace_memory_region {
-                slot: slot.index,
-                flags: 0,
+                slot: index,
+                flags,
                 guest_phys_addr: slot.gpa,
                 memory_size: slot.size,
                 userspace_addr: slot.host,
             };
-            // SAFETY: the range is a mapping that `ram` owns. The machine owns both `ram` and this
-            // VM and drops the VM first, and `ram` never unmaps a slot while it lives.
+            // SAFETY: the range is mapped as long as the VM lives, by this function's contract.
             unsafe { fd.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
@@ -85,6 +92,11 @@ impl Vm {
     /// A guest write of any width and value at `gpa` signals `event`, without an exit to us.
     pub fn register_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), Error> {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch).map_err(ioctl("KVM_IOEVENTFD"))
+    }
+
+    /// A guest write of the 32-bit `value` at `gpa` signals `event` and does nothing else.
+    pub fn swallow(&self, event: &EventFd, gpa: u64, value: u32) -> Result<(), Error> {
+        self.fd.register_ioevent(event, &IoEventAddress::Mmio(gpa), value).map_err(ioctl("KVM_IOEVENTFD"))
     }
 
     /// A write to `event` pulses I/O APIC pin `gsi`.

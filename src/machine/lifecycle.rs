@@ -22,7 +22,7 @@ use crate::config::{DriveUpdate, MetricsConfig, VmConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::{Block, ConfigChange, Device};
+use crate::devices::virtio::{Block, ConfigChange, Device, Windows};
 use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
@@ -50,7 +50,7 @@ impl Ending {
     }
 }
 
-/// A machine that has started. RAM comes last: the VM that refers to it is dropped first.
+/// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
 struct Machine {
     vcpus: Vec<Vcpu>,
     vcpu_event: Arc<EventFd>,
@@ -58,6 +58,7 @@ struct Machine {
     console: Console,
     _vm: Vm,
     _ram: GuestRam,
+    _windows: Windows,
 }
 
 /// The metrics file and when to write it.
@@ -257,12 +258,12 @@ impl Vmm {
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
         let file = file.map_err(|source| Error::Event("duplicate the serial port's descriptor", source))?;
         let console = Console::new(file, serial.rate_limiter.as_ref());
-        let Shell { vcpu_fds, bus, vm, ram, vcpu_event } = shell;
+        let Shell { vcpu_fds, bus, vm, ram, windows, vcpu_event } = shell;
         let vcpus = (0..)
             .zip(vcpu_fds)
             .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
             .collect::<Result<_, _>>()?;
-        Ok(Machine { vcpus, vcpu_event, bus, console, _vm: vm, _ram: ram })
+        Ok(Machine { vcpus, vcpu_event, bus, console, _vm: vm, _ram: ram, _windows: windows })
     }
 
     fn devices(&self) -> Result<Vec<Device>, Error> {

@@ -10,7 +10,7 @@ use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
 use crate::devices::serial::{COM1_IRQ, Serial};
-use crate::devices::virtio::{Device, Interrupt, VirtioMmio};
+use crate::devices::virtio::{Device, INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
 use crate::kvm::x86_64::cpuid::{self, Topology};
 use crate::kvm::x86_64::{msrs, regs};
 use crate::kvm::{self, Kvm, Vm};
@@ -60,6 +60,8 @@ pub struct Shell {
     pub vm: Vm,
     /// Guest RAM.
     pub ram: GuestRam,
+    /// The registers of the virtio devices, a memory slot as well.
+    pub windows: Windows,
     /// Signalled by vCPUs.
     pub vcpu_event: Arc<EventFd>,
 }
@@ -74,7 +76,11 @@ impl Shell {
     ) -> Result<Self, Error> {
         let kvm = Kvm::open()?;
         let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
-        let vm = Vm::new(&kvm, &ram)?;
+        let devices = devices()?;
+        let windows = Windows::new(devices.len());
+        // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
+        // drops them after it.
+        let vm = unsafe { Vm::new(&kvm, &ram, windows.slot()) }?;
         let vcpu_fds = (0..layout.topology.vcpus)
             .map(|id| {
                 let fd = vm.create_vcpu(id)?;
@@ -87,25 +93,34 @@ impl Shell {
                 Ok(fd)
             })
             .collect::<Result<_, kvm::Error>>()?;
-        let bus = wire(&vm, &ram, devices()?, boot_timer)?;
-        Ok(Self { vcpu_fds, bus: Arc::new(bus), vm, ram, vcpu_event: Arc::new(event(0)?) })
+        let bus = wire(&vm, &ram, &windows, devices, boot_timer)?;
+        Ok(Self { vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
     }
 }
 
 /// Connects devices and interrupt controllers.
-fn wire(vm: &Vm, ram: &GuestRam, devices: Vec<Device>, boot_timer: Option<BootTimer>) -> Result<Bus, Error> {
+fn wire(
+    vm: &Vm,
+    ram: &GuestRam,
+    windows: &Windows,
+    devices: Vec<Device>,
+    boot_timer: Option<BootTimer>,
+) -> Result<Bus, Error> {
     let serial = Serial::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
     vm.register_irqfd(serial.interrupt(), COM1_IRQ)?;
     let i8042 = I8042::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
     vm.register_irqfd(i8042.interrupt(), KEYBOARD_IRQ)?;
     let mut virtio = Vec::with_capacity(devices.len());
+    let swallowed = event(libc::EFD_NONBLOCK)?;
     for (index, device) in devices.into_iter().enumerate() {
         let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
-        let interrupt = Arc::new(Interrupt::new(event(libc::EFD_NONBLOCK)?));
-        vm.register_irqfd(interrupt.irqfd(), place.irq)?;
-        let device = VirtioMmio::new(device, ram.memory().clone(), interrupt)
+        let window = windows.get(index).ok_or(Error::TooManyDevices)?;
+        let irqfd = event(libc::EFD_NONBLOCK)?;
+        vm.register_irqfd(&irqfd, place.irq)?;
+        let device = VirtioMmio::new(device, ram.memory().clone(), irqfd, window)
             .map_err(|source| Error::Event("create an eventfd", source))?;
         vm.register_ioeventfd(device.kick_fd(), place.base + VirtioMmio::NOTIFY_OFFSET)?;
+        vm.swallow(&swallowed, place.base + VirtioMmio::ACKNOWLEDGE_OFFSET, INTERRUPT_USED_BUFFER)?;
         virtio.push(Arc::new(device));
     }
     Ok(Bus { serial: Mutex::new(serial), i8042: Mutex::new(i8042), virtio, boot_timer })

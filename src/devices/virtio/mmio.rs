@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{
     Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Progress, Source, Violation, VirtioDevice,
-    Virtqueue,
+    Virtqueue, Window,
 };
 use crate::memory::GuestMemory;
 use crate::warn_limited;
@@ -40,6 +40,8 @@ const VERSION: u32 = 2;
 /// "VSCL": nobody assigns virtio-mmio vendor ids.
 const VENDOR: u32 = u32::from_le_bytes(*b"VSCL");
 const CONFIG_SPACE: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
+/// Bytes of the longest configuration space, and more.
+const CONFIG_SPACE_SIZE: usize = 128;
 
 /// What every device offers besides its own features.
 const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -49,23 +51,29 @@ pub struct VirtioMmio {
     transport: Mutex<Transport>,
     reset_done: Condvar,
     interrupt: Arc<Interrupt>,
+    window: Window,
     kick: EventFd,
     kind: Kind,
 }
 
 impl VirtioMmio {
-    /// Puts `device` behind registers.
+    /// Puts `device` behind registers that the guest reads in `window`, with an interrupt that
+    /// raises `irqfd`.
     ///
     /// # Errors
     ///
     /// When the process has no descriptor left for the notification eventfd.
-    pub fn new(device: Device, memory: GuestMemory, interrupt: Arc<Interrupt>) -> io::Result<Self> {
+    pub fn new(device: Device, memory: GuestMemory, irqfd: EventFd, window: Window) -> io::Result<Self> {
+        let interrupt = Arc::new(Interrupt::new(irqfd, window.clone()));
+        let transport = Transport::new(device, memory, Arc::clone(&interrupt));
+        transport.publish(&window);
         Ok(Self {
-            kind: device.kind(),
+            kind: transport.device.kind(),
             kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            transport: Mutex::new(Transport::new(device, memory, Arc::clone(&interrupt))),
+            transport: Mutex::new(transport),
             reset_done: Condvar::new(),
             interrupt,
+            window,
         })
     }
 
@@ -96,20 +104,15 @@ impl VirtioMmio {
         sources
     }
 
-    /// A guest's read at `offset` of the region (vCPU threads). Registers are read by aligned
-    /// words; anything else reads as zero.
+    /// Offset of InterruptACK in the register region. Nothing is lost if a write of
+    /// [`INTERRUPT_USED_BUFFER`] alone never arrives: the bit then stays set, and says that the
+    /// rings are worth a look, which is true at any time. What tells the driver that there is
+    /// something new is the interrupt.
+    pub const ACKNOWLEDGE_OFFSET: u64 = reg::VIRTIO_MMIO_INTERRUPT_ACK as u64;
+
+    /// A guest's read at `offset` of the region, on a host that does not let it read the window.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset >= CONFIG_SPACE {
-            self.lock().device.read_config(offset - CONFIG_SPACE, data);
-        } else if let (Ok(word), 0) = (<&mut [u8; 4]>::try_from(&mut *data), offset % 4) {
-            let value = match offset as u32 {
-                reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-                register => self.lock().read(register),
-            };
-            *word = value.to_le_bytes();
-        } else {
-            data.fill(0);
-        }
+        self.window.read(offset, data);
     }
 
     /// A guest's write at `offset` of the region (vCPU threads). Registers are written by aligned
@@ -121,7 +124,11 @@ impl VirtioMmio {
             reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.notify_self(),
             reg::VIRTIO_MMIO_STATUS if value == 0 => self.reset(),
-            register => self.lock().write(register, value),
+            register => {
+                let mut transport = self.lock();
+                transport.write(register, value);
+                transport.publish(&self.window);
+            }
         }
     }
 
@@ -160,7 +167,7 @@ impl VirtioMmio {
         let mut transport = self.lock();
         transport.device.quiesce();
         if change(&mut transport.device)? == ConfigChange::Changed {
-            transport.config_changed();
+            transport.config_changed(&self.window);
         }
         drop(transport);
         self.on_event(KICK);
@@ -171,10 +178,14 @@ impl VirtioMmio {
         match outcome {
             Ok(Progress::Idle) => {}
             Ok(Progress::More) => self.notify_self(),
-            Err(violation) => transport.needs_reset(&violation),
+            Err(violation) => {
+                transport.needs_reset(&violation);
+                transport.publish(&self.window);
+            }
         }
         if transport.resetting && transport.device.reset() {
             transport.complete_reset();
+            transport.publish(&self.window);
             self.reset_done.notify_all();
         }
     }
@@ -183,6 +194,7 @@ impl VirtioMmio {
         let mut transport = self.lock();
         if transport.device.reset() {
             transport.complete_reset();
+            transport.publish(&self.window);
             return;
         }
         transport.resetting = true;
@@ -253,6 +265,20 @@ impl Transport {
 
     fn offered_features(&self) -> u64 {
         self.device.features() | COMMON_FEATURES
+    }
+
+    /// Brings the window up to date, save InterruptStatus, which is there first.
+    fn publish(&self, window: &Window) {
+        for register in (0..CONFIG_SPACE as u32).step_by(4).filter(|r| *r != reg::VIRTIO_MMIO_INTERRUPT_STATUS) {
+            window.set(register, self.read(register));
+        }
+        let mut space = [0; CONFIG_SPACE_SIZE];
+        self.device.read_config(0, &mut space);
+        for (offset, word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(space.chunks_exact(4)) {
+            if let Ok(bytes) = word.try_into() {
+                window.set(offset, u32::from_le_bytes(bytes));
+            }
+        }
     }
 
     fn read(&self, register: u32) -> u32 {
@@ -384,8 +410,11 @@ impl Transport {
         self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
-    fn config_changed(&mut self) {
+    /// The generation changes after the space did (§4.2.2.1), and before the driver hears of it.
+    fn config_changed(&mut self, window: &Window) {
+        self.publish(window);
         self.config_generation = self.config_generation.wrapping_add(1);
+        self.publish(window);
         if self.status & DRIVER_OK != 0 {
             self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
         }

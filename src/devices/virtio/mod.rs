@@ -21,11 +21,13 @@ mod testing;
 mod tests;
 #[cfg(test)]
 mod tests_random;
+mod window;
 
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use block::Block;
@@ -33,13 +35,14 @@ pub use buffers::{Buffers, IoVecs};
 pub use mmio::{ConfigChange, REGION_SIZE, VirtioMmio};
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
+pub use window::{Window, Windows};
 
 /// The device's side of its interrupt (virtio 1.2 §4.2.2, registers InterruptStatus and
 /// InterruptACK). Lock-free: the guest reads and acknowledges it at every interrupt, while the
-/// vmm thread may hold the device.
+/// vmm thread may hold the device. The status lives in the window, where the guest reads it.
 #[derive(Debug)]
 pub struct Interrupt {
-    status: AtomicU32,
+    window: Window,
     irqfd: EventFd,
 }
 
@@ -49,9 +52,13 @@ pub const INTERRUPT_USED_BUFFER: u32 = 1;
 pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 impl Interrupt {
-    /// An interrupt that raises `irqfd`.
-    pub fn new(irqfd: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), irqfd }
+    /// An interrupt that raises `irqfd`, of the device behind `window`.
+    pub fn new(irqfd: EventFd, window: Window) -> Self {
+        Self { window, irqfd }
+    }
+
+    fn word(&self) -> &AtomicU32 {
+        self.window.word(VIRTIO_MMIO_INTERRUPT_STATUS)
     }
 
     /// The descriptor to register with KVM.
@@ -61,19 +68,19 @@ impl Interrupt {
 
     /// Sets `bits` and interrupts the guest.
     pub fn raise(&self, bits: u32) {
-        self.status.fetch_or(bits, Ordering::SeqCst);
+        self.word().fetch_or(bits, Ordering::SeqCst);
         // The write fails only if the counter would overflow: then the interrupt is pending anyway.
         let _ = self.irqfd.write(1);
     }
 
     /// InterruptStatus.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.word().load(Ordering::SeqCst)
     }
 
     /// InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        self.word().fetch_and(!bits, Ordering::SeqCst);
     }
 }
 

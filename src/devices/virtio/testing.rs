@@ -13,7 +13,7 @@ use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, Interrupt, Source, VirtioMmio};
+use super::{Device, Source, VirtioMmio, Windows};
 use crate::memory::GuestMemory;
 
 pub const NEXT: u16 = 1;
@@ -80,8 +80,8 @@ pub struct Guest {
 impl Guest {
     pub fn new(device: Device) -> Self {
         let memory = guest_memory();
-        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-        let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), interrupt).unwrap());
+        let (irqfd, window) = (EventFd::new(EFD_NONBLOCK).unwrap(), Windows::new(1).get(0).unwrap());
+        let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), irqfd, window).unwrap());
         let events = EventLoop::new(&mmio.sources());
         let cell = || Cell::new(0);
         let (next_descriptor, next_available, next_used) = (cell(), cell(), cell());

@@ -278,13 +278,15 @@ fn a_reset_device_starts_from_the_beginning() {
 }
 
 #[test]
-fn registers_are_aligned_words_and_the_configuration_space_is_bytes() {
+fn registers_read_as_memory_and_are_written_as_aligned_words() {
     let guest = guest();
     guest.boot(guest.offered());
-    for (offset, width) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0xfe, 4), (0xfc, 8), (0x60, 2), (0x60, 8)] {
+    let window: Vec<u8> = (0..0x40).flat_map(|register| guest.read(register * 4).to_le_bytes()).collect();
+    assert_eq!(window[..8], *b"virt\x02\0\0\0");
+    for (offset, width) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0xfc, 2), (0x60, 2), (0x60, 8)] {
         let mut data = vec![0xff; width];
-        guest.mmio.read(offset, &mut data);
-        assert_eq!(data, vec![0; width], "{width} bytes at {offset:#x}");
+        guest.mmio.read(offset as u64, &mut data);
+        assert_eq!(data, window[offset..offset + width], "{width} bytes at {offset:#x}");
     }
     for (offset, width) in [(0x70, 1), (0x70, 2), (0x70, 8), (0x71, 4), (0x6e, 4), (0x64, 1)] {
         guest.mmio.write(offset, &vec![0; width]);
@@ -301,7 +303,7 @@ fn registers_are_aligned_words_and_the_configuration_space_is_bytes() {
             assert_eq!(data, capacity[offset..offset + width]);
         }
     }
-    for offset in [0x100 + 60, 0xfff, u64::MAX] {
+    for offset in [0x100 + 60, 0xff8] {
         let mut data = [0xff; 8];
         guest.mmio.read(offset, &mut data);
         assert_eq!(data, [0; 8]);

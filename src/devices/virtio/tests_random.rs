@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::block::Block;
 use super::testing::*;
-use super::{Buffers, Device, Interrupt, Virtqueue};
+use super::{Buffers, Device, Interrupt, Virtqueue, Windows};
 use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterConfig};
 use crate::metrics;
 
@@ -214,7 +214,8 @@ proptest! {
             event_idx_enabled: true,
             ..QueueState::default()
         };
-        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let (irqfd, window) = (EventFd::new(EFD_NONBLOCK).unwrap(), Windows::new(1).get(0).unwrap());
+        let interrupt = Arc::new(Interrupt::new(irqfd, window));
         let mut queue = Virtqueue::new(0, &state, guest.memory.clone(), interrupt).unwrap();
         let ram: Vec<(u64, u64)> = guest.memory.iter()
             .map(|region| (region.as_volatile_slice().unwrap().ptr_guard().as_ptr() as u64, region.len()))

@@ -261,7 +261,8 @@ fn a_rate_limited_drive_takes_its_time_and_sleeps_meanwhile() {
         }
         // 2 burst and 4 at once, then 10 more at 20 ms each.
         assert!(start.elapsed() >= Duration::from_millis(195), "{:?}", start.elapsed());
-        assert!(drive.metrics.rate_limiter_throttled_events.get() >= 5);
+        // A late wake finds up to four tokens: ten requests are at least three waits.
+        assert!(drive.metrics.rate_limiter_throttled_events.get() >= 3);
     }
 }
 
