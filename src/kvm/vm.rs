@@ -1,5 +1,9 @@
 //! The VM: memory slots, interrupt controllers, event descriptors.
 
+use std::io;
+use std::os::fd::AsRawFd;
+
+use io_uring::IoUring;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
@@ -50,9 +54,10 @@ impl Kvm {
 }
 
 /// A VM without vCPUs.
-#[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
+    /// Only there to hold on to the VM.
+    _undertaker: Option<IoUring>,
 }
 
 impl Vm {
@@ -81,7 +86,8 @@ impl Vm {
         // The dummy speaker port keeps guests that beep from exiting to us.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-        Ok(Self { fd })
+        let undertaker = undertaker(&fd).inspect_err(|error| log::debug!("no deferred teardown: {error}")).ok();
+        Ok(Self { fd, _undertaker: undertaker })
     }
 
     /// Makes the descriptor of vCPU `id`.
@@ -103,4 +109,14 @@ impl Vm {
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.fd.register_irqfd(event, gsi).map_err(ioctl("KVM_IRQFD"))
     }
+}
+
+/// A ring that holds the VM's file and does nothing else. The kernel takes a VM apart when the last
+/// reference to its file goes, and waits out several grace periods for it (25 ms measured), which
+/// otherwise whoever waits for this process waits out as well; a ring's references are given up on
+/// a kernel thread.
+fn undertaker(vm: &VmFd) -> io::Result<IoUring> {
+    let ring = IoUring::new(1)?;
+    ring.submitter().register_files(&[vm.as_raw_fd()])?;
+    Ok(ring)
 }
