@@ -100,11 +100,12 @@ impl Shared {
     }
 }
 
-/// The vmm thread's handle of a vCPU.
+/// The vmm thread's handle of a vCPU. Dropping it ends the thread and waits for that.
 #[derive(Debug)]
 pub struct Vcpu {
     shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    /// `None` once it is joined.
+    thread: Option<JoinHandle<()>>,
 }
 
 /// What a vCPU is doing, seen from the vmm thread.
@@ -140,7 +141,7 @@ impl Vcpu {
                 move || live(&shared, &mut fd, exits.as_ref())
             })
             .map_err(|source| Error::Thread(id, source))?;
-        Ok(Self { shared, thread })
+        Ok(Self { shared, thread: Some(thread) })
     }
 
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
@@ -156,9 +157,11 @@ impl Vcpu {
         } else {
             // SAFETY: the state is not `Exited` and the lock is held, so the page is mapped.
             unsafe { &*inner.immediate_exit.0 }.store(1, Ordering::SeqCst);
-            // SAFETY: the handle is not joined, so the thread id is valid; the handler of the kick
-            // signal does nothing.
-            unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
+            if let Some(thread) = &self.thread {
+                // SAFETY: the thread is not joined, so its id is valid; the handler of the kick
+                // signal does nothing.
+                unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+            }
         }
         drop(inner);
         self.shared.changed.notify_one();
@@ -172,11 +175,15 @@ impl Vcpu {
             State::Exited(report) => Run::Exited(report.clone()),
         }
     }
+}
 
-    /// Waits for the thread to end; call after [`Wish::Stop`].
-    pub fn join(self) {
-        // The thread ends by returning: a panic aborts the process.
-        let _ = self.thread.join();
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.wish(Wish::Stop);
+        if let Some(thread) = self.thread.take() {
+            // The thread ends by returning: a panic aborts the process.
+            let _ = thread.join();
+        }
     }
 }
 

@@ -56,7 +56,7 @@ struct Machine {
     vcpu_event: Arc<EventFd>,
     bus: Arc<Bus>,
     console: Console,
-    _vm: Vm,
+    _vm: Arc<Vm>,
     _ram: GuestRam,
     _windows: Windows,
 }

@@ -57,7 +57,7 @@ pub struct Shell {
     /// Everything outside RAM.
     pub bus: Arc<Bus>,
     /// The VM; dropped before the RAM its slots refer to.
-    pub vm: Vm,
+    pub vm: Arc<Vm>,
     /// Guest RAM.
     pub ram: GuestRam,
     /// The registers of the virtio devices, a memory slot as well.
@@ -80,7 +80,7 @@ impl Shell {
         let windows = Windows::new(devices.len());
         // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
         // drops them after it.
-        let vm = unsafe { Vm::new(&kvm, &ram, windows.slot()) }?;
+        let vm = Arc::new(unsafe { Vm::new(&kvm, &ram, windows.slot()) }?);
         let vcpu_fds = (0..layout.topology.vcpus)
             .map(|id| {
                 let fd = vm.create_vcpu(id)?;
@@ -100,7 +100,7 @@ impl Shell {
 
 /// Connects devices and interrupt controllers.
 fn wire(
-    vm: &Vm,
+    vm: &Arc<Vm>,
     ram: &GuestRam,
     windows: &Windows,
     devices: Vec<Device>,
@@ -115,9 +115,11 @@ fn wire(
     for (index, device) in devices.into_iter().enumerate() {
         let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
         let window = windows.get(index).ok_or(Error::TooManyDevices)?;
-        let irqfd = event(libc::EFD_NONBLOCK)?;
-        vm.register_irqfd(&irqfd, place.irq)?;
-        let device = VirtioMmio::new(device, ram.memory().clone(), irqfd, window)
+        let line = Box::new({
+            let vm = Arc::clone(vm);
+            move || vm.pulse(place.irq)
+        });
+        let device = VirtioMmio::new(device, ram.memory().clone(), line, window)
             .map_err(|source| Error::Event("create an eventfd", source))?;
         vm.register_ioeventfd(device.kick_fd(), place.base + VirtioMmio::NOTIFY_OFFSET)?;
         vm.swallow(&swallowed, place.base + VirtioMmio::ACKNOWLEDGE_OFFSET, INTERRUPT_USED_BUFFER)?;

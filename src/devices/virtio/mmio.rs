@@ -26,8 +26,8 @@ use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{
-    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Progress, Source, Violation, VirtioDevice,
-    Virtqueue, Window,
+    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Line, Progress, Source, Violation,
+    VirtioDevice, Virtqueue, Window,
 };
 use crate::memory::GuestMemory;
 use crate::warn_limited;
@@ -57,14 +57,14 @@ pub struct VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// Puts `device` behind registers that the guest reads in `window`, with an interrupt that
-    /// raises `irqfd`.
+    /// Puts `device` behind registers that the guest reads in `window`, and whose interrupt
+    /// is `line`.
     ///
     /// # Errors
     ///
     /// When the process has no descriptor left for the notification eventfd.
-    pub fn new(device: Device, memory: GuestMemory, irqfd: EventFd, window: Window) -> io::Result<Self> {
-        let interrupt = Arc::new(Interrupt::new(irqfd, window.clone()));
+    pub fn new(device: Device, memory: GuestMemory, line: Line, window: Window) -> io::Result<Self> {
+        let interrupt = Arc::new(Interrupt::new(line, window.clone()));
         let transport = Transport::new(device, memory, Arc::clone(&interrupt));
         transport.publish(&window);
         Ok(Self {

@@ -3,7 +3,7 @@
 //! ```text
 //!  guest ──registers──▶ VirtioMmio (vcpu thread) ──activate, reset──▶ Device
 //!    │                      ▲ one lock per device                       │
-//!    └──kick (ioeventfd)──▶ VirtioMmio::on_event (vmm thread) ──────────┘──irqfd──▶ guest
+//!    └──kick (ioeventfd)──▶ VirtioMmio::on_event (vmm thread) ──────────┘──Line──▶ guest
 //! ```
 //!
 //! The set is closed, so it is an enum with one match per operation. A device is made once, with
@@ -28,7 +28,6 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use block::Block;
 pub use buffers::{Buffers, IoVecs};
@@ -40,11 +39,13 @@ pub use window::{Window, Windows};
 /// The device's side of its interrupt (virtio 1.2 §4.2.2, registers InterruptStatus and
 /// InterruptACK). Lock-free: the guest reads and acknowledges it at every interrupt, while the
 /// vmm thread may hold the device. The status lives in the window, where the guest reads it.
-#[derive(Debug)]
 pub struct Interrupt {
     window: Window,
-    irqfd: EventFd,
+    line: Line,
 }
+
+/// Pulses a device's pin of the interrupt controller: an edge.
+pub type Line = Box<dyn Fn() + Send + Sync>;
 
 /// Bit of InterruptStatus: a buffer was used.
 pub const INTERRUPT_USED_BUFFER: u32 = 1;
@@ -52,25 +53,19 @@ pub const INTERRUPT_USED_BUFFER: u32 = 1;
 pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 impl Interrupt {
-    /// An interrupt that raises `irqfd`, of the device behind `window`.
-    pub fn new(irqfd: EventFd, window: Window) -> Self {
-        Self { window, irqfd }
+    /// The interrupt of the device behind `window`.
+    pub fn new(line: Line, window: Window) -> Self {
+        Self { window, line }
     }
 
     fn word(&self) -> &AtomicU32 {
         self.window.word(VIRTIO_MMIO_INTERRUPT_STATUS)
     }
 
-    /// The descriptor to register with KVM.
-    pub fn irqfd(&self) -> &EventFd {
-        &self.irqfd
-    }
-
     /// Sets `bits` and interrupts the guest.
     pub fn raise(&self, bits: u32) {
         self.word().fetch_or(bits, Ordering::SeqCst);
-        // The write fails only if the counter would overflow: then the interrupt is pending anyway.
-        let _ = self.irqfd.write(1);
+        (self.line)();
     }
 
     /// InterruptStatus.

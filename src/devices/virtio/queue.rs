@@ -73,7 +73,6 @@ struct Descriptor {
 }
 
 /// A queue that was set up, with the memory it lies in and the interrupt that announces it.
-#[derive(Debug)]
 pub struct Virtqueue {
     index: usize,
     size: u16,
