@@ -32,9 +32,6 @@ use super::{
 use crate::memory::GuestMemory;
 use crate::warn_limited;
 
-/// Guest physical bytes a device's registers occupy.
-pub const REGION_SIZE: u64 = 0x1000;
-
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 /// "VSCL": nobody assigns virtio-mmio vendor ids.
@@ -65,8 +62,8 @@ impl VirtioMmio {
     /// When the process has no descriptor left for the notification eventfd.
     pub fn new(device: Device, memory: GuestMemory, line: Line, window: Window) -> io::Result<Self> {
         let interrupt = Arc::new(Interrupt::new(line, window.clone()));
-        let transport = Transport::new(device, memory, Arc::clone(&interrupt));
-        transport.publish(&window);
+        let transport = Transport::new(device, memory, Arc::clone(&interrupt), window.clone());
+        transport.publish();
         Ok(Self {
             kind: transport.device.kind(),
             kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -93,6 +90,12 @@ impl VirtioMmio {
         &self.kick
     }
 
+    /// Offset of InterruptACK in the register region. Nothing is lost if a write of
+    /// [`INTERRUPT_USED_BUFFER`] alone never arrives: the bit then stays set, and says that the
+    /// rings are worth a look, which is true at any time. What tells the driver that there is
+    /// something new is the interrupt.
+    pub const ACKNOWLEDGE_OFFSET: u64 = reg::VIRTIO_MMIO_INTERRUPT_ACK as u64;
+
     /// Offset of QueueNotify in the register region.
     pub const NOTIFY_OFFSET: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
@@ -103,12 +106,6 @@ impl VirtioMmio {
         sources.push(Source { tag: KICK, fd: self.kick.as_raw_fd() });
         sources
     }
-
-    /// Offset of InterruptACK in the register region. Nothing is lost if a write of
-    /// [`INTERRUPT_USED_BUFFER`] alone never arrives: the bit then stays set, and says that the
-    /// rings are worth a look, which is true at any time. What tells the driver that there is
-    /// something new is the interrupt.
-    pub const ACKNOWLEDGE_OFFSET: u64 = reg::VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
     /// A guest's read at `offset` of the region, on a host that does not let it read the window.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
@@ -127,7 +124,7 @@ impl VirtioMmio {
             register => {
                 let mut transport = self.lock();
                 transport.write(register, value);
-                transport.publish(&self.window);
+                transport.publish();
             }
         }
     }
@@ -151,10 +148,13 @@ impl VirtioMmio {
         self.conclude(transport, Ok(Progress::Idle));
     }
 
-    /// Lets the device work again and looks for what the guest asked meanwhile (vmm thread).
+    /// Lets the device work again (vmm thread). Every source is taken to have had an event: what came
+    /// meanwhile was not looked at and will not come again.
     pub fn resume(&self) {
         self.lock().paused = false;
-        self.on_event(KICK);
+        for source in self.sources() {
+            self.on_event(source.tag);
+        }
     }
 
     /// Changes the device while nothing is in flight (vmm thread). If `change` reports a changed
@@ -167,7 +167,7 @@ impl VirtioMmio {
         let mut transport = self.lock();
         transport.device.quiesce();
         if change(&mut transport.device)? == ConfigChange::Changed {
-            transport.config_changed(&self.window);
+            transport.config_changed();
         }
         drop(transport);
         self.on_event(KICK);
@@ -178,14 +178,10 @@ impl VirtioMmio {
         match outcome {
             Ok(Progress::Idle) => {}
             Ok(Progress::More) => self.notify_self(),
-            Err(violation) => {
-                transport.needs_reset(&violation);
-                transport.publish(&self.window);
-            }
+            Err(violation) => transport.needs_reset(&violation),
         }
         if transport.resetting && transport.device.reset() {
             transport.complete_reset();
-            transport.publish(&self.window);
             self.reset_done.notify_all();
         }
     }
@@ -194,7 +190,6 @@ impl VirtioMmio {
         let mut transport = self.lock();
         if transport.device.reset() {
             transport.complete_reset();
-            transport.publish(&self.window);
             return;
         }
         transport.resetting = true;
@@ -229,6 +224,7 @@ struct Transport {
     device: Device,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
+    window: Window,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -244,12 +240,13 @@ struct Transport {
 }
 
 impl Transport {
-    fn new(device: Device, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
+    fn new(device: Device, memory: GuestMemory, interrupt: Arc<Interrupt>, window: Window) -> Self {
         let queues = fresh_queues(&device);
         Self {
             device,
             memory,
             interrupt,
+            window,
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -268,15 +265,15 @@ impl Transport {
     }
 
     /// Brings the window up to date, save InterruptStatus, which is there first.
-    fn publish(&self, window: &Window) {
+    fn publish(&self) {
         for register in (0..CONFIG_SPACE as u32).step_by(4).filter(|r| *r != reg::VIRTIO_MMIO_INTERRUPT_STATUS) {
-            window.set(register, self.read(register));
+            self.window.set(register, self.read(register));
         }
         let mut space = [0; CONFIG_SPACE_SIZE];
         self.device.read_config(0, &mut space);
         for (offset, word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(space.chunks_exact(4)) {
             if let Ok(bytes) = word.try_into() {
-                window.set(offset, u32::from_le_bytes(bytes));
+                self.window.set(offset, u32::from_le_bytes(bytes));
             }
         }
     }
@@ -407,14 +404,15 @@ impl Transport {
         warn_limited!("virtio-{} device needs a reset: {violation}", self.device.kind());
         self.device.reset();
         self.status |= NEEDS_RESET;
+        self.publish();
         self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
     /// The generation changes after the space did (§4.2.2.1), and before the driver hears of it.
-    fn config_changed(&mut self, window: &Window) {
-        self.publish(window);
+    fn config_changed(&mut self) {
+        self.publish();
         self.config_generation = self.config_generation.wrapping_add(1);
-        self.publish(window);
+        self.publish();
         if self.status & DRIVER_OK != 0 {
             self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
         }
@@ -430,6 +428,7 @@ impl Transport {
         self.queues = fresh_queues(&self.device);
         self.interrupt.acknowledge(u32::MAX);
         self.resetting = false;
+        self.publish();
     }
 }
 

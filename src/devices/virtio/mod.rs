@@ -31,7 +31,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS;
 
 pub use block::Block;
 pub use buffers::{Buffers, IoVecs};
-pub use mmio::{ConfigChange, REGION_SIZE, VirtioMmio};
+pub use mmio::{ConfigChange, VirtioMmio};
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
 pub use window::{Window, Windows};

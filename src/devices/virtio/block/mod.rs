@@ -222,14 +222,14 @@ impl Block {
         let mut requests = 0;
         let mut bytes = 0;
         while requests < MAX_REQUESTS_PER_WAKE && bytes < MAX_BYTES_PER_WAKE {
-            let Some(length) = self.take_request()? else { return Ok(Progress::Idle) };
+            let Some(weight) = self.take_request()? else { return Ok(Progress::Idle) };
             requests += 1;
-            bytes += length;
+            bytes += weight;
         }
         Ok(Progress::More)
     }
 
-    /// Takes one request and starts it; returns its bytes of data. `None` if the queue is empty,
+    /// Takes one request and starts it; returns its weight. `None` if the queue is empty,
     /// which the driver's next notification ends, the engine is full, which a completion ends, or
     /// the limits are reached, which the timer ends.
     fn take_request(&mut self) -> Result<Option<u64>, Violation> {
@@ -239,15 +239,15 @@ impl Block {
         let Some(head) = active.queue.pop(&mut request.buffers)? else { return Ok(None) };
         // SAFETY: the buffers are fresh from the queue, and `active` keeps it.
         let step = unsafe { request.parse(head, &self.disk, self.rules)? };
-        let length = request.length();
-        if !self.limiter.take(length) {
+        let weight = request.weight();
+        if !self.limiter.take(request.length()) {
             active.queue.undo_pop();
             self.metrics.rate_limiter_throttled_events.inc();
             return Ok(None);
         }
         self.requests.claim(token);
         self.proceed(token, step);
-        Ok(Some(length))
+        Ok(Some(weight))
     }
 
     /// Takes a request from `step` to its end, or to where it waits for the host.
@@ -407,5 +407,7 @@ fn count(metrics: &metrics::Block, request: &Request, status: Status) {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_host;
 #[cfg(test)]
 mod tests_in_flight;

@@ -332,6 +332,11 @@ impl Request {
     pub(super) fn length(&self) -> u64 {
         self.length
     }
+
+    /// Bytes the host may have to touch for it.
+    pub(super) fn weight(&self) -> u64 {
+        self.length + self.ranges.iter().map(|range| range.length).sum::<u64>()
+    }
 }
 
 /// What is written where the host can neither punch nor zero. In the zero-initialised data

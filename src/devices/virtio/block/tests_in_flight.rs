@@ -312,3 +312,34 @@ fn lifting_the_limits_wakes_a_throttled_drive() {
     drive.update(change).unwrap();
     assert_eq!(drive.guest.used().len(), 1);
 }
+
+#[test]
+fn a_drive_paused_while_throttled_goes_on_after_the_pause() {
+    let ops = TokenBucketConfig { size: 1, refill_time_ms: 20, one_time_burst: 0 };
+    let limits = RateLimiterConfig { ops: Some(ops), bandwidth: None };
+    let drive = Drive::of_size(&DriveConfig { rate_limiter: limits, ..drive(IoEngine::Sync) }, 1 << 20);
+    let head = offer_read(&drive);
+    drive.guest.offer(head);
+    drive.guest.kick();
+    drive.guest.mmio.quiesce();
+    assert_eq!(drive.guest.turn(Duration::from_secs(10)), 1, "the timer fires during the pause");
+    assert_eq!(drive.guest.used().len(), 1);
+    drive.guest.mmio.resume();
+    assert_eq!(drive.guest.await_used(1).len(), 1);
+}
+
+#[test]
+fn a_large_write_zeroes_ends_a_wake() {
+    let drive = Drive::of_size(&drive(IoEngine::Sync), 32 << 20);
+    drive.header(WRITE_ZEROES, 0);
+    drive.segment(0, 0, MAX_ZEROES_SECTORS, 1);
+    let head = drive.guest.chain(&[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)]);
+    for _ in 0..3 {
+        drive.guest.offer(head);
+    }
+    drive.guest.notify();
+    for _ in 0..3 {
+        drive.guest.turn(Duration::ZERO);
+        assert_eq!(drive.guest.used().len(), 1);
+    }
+}

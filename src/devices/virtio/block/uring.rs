@@ -137,3 +137,84 @@ fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use io_uring::types::Fd;
+
+    use super::*;
+
+    /// The result of `entry`, which the test got by without [`Uring::start`].
+    fn force(uring: &mut Uring, entry: &Entry) -> io::Result<usize> {
+        // SAFETY: no entry of these tests names memory that does not outlive it.
+        unsafe { uring.ring.submission().push(entry) }.unwrap();
+        uring.in_flight += 1;
+        uring.wait().unwrap();
+        uring.completed().unwrap().1
+    }
+
+    #[test]
+    fn the_ring_does_nothing_but_what_a_drive_needs_and_only_to_its_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(b"one", 0).unwrap();
+        let mut uring = match Uring::new(&file, 4) {
+            Ok(uring) => uring,
+            Err(error) => return eprintln!("SKIPPED: io_uring: {error}"),
+        };
+        let mut buffer = [0u8; 3];
+        let vec = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 3 };
+        assert_eq!(force(&mut uring, &opcode::Readv::new(FILE, &vec, 1).build()).unwrap(), 3);
+
+        let other = tempfile::tempfile().unwrap();
+        let fd = Fd(other.as_raw_fd());
+        for entry in [
+            opcode::Nop::new().build(),
+            opcode::Readv::new(fd, &vec, 1).build(),
+            opcode::Writev::new(fd, &vec, 1).build(),
+            opcode::Fsync::new(fd).build(),
+            opcode::Read::new(FILE, vec.iov_base.cast(), 3).build(),
+            opcode::OpenAt::new(Fd(libc::AT_FDCWD), c"/etc/passwd".as_ptr()).build(),
+        ] {
+            let refused = force(&mut uring, &entry);
+            assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EACCES));
+        }
+        let submitter = uring.ring.submitter();
+        for refused in [
+            submitter.register_eventfd(uring.completion.as_raw_fd()),
+            submitter.unregister_files(),
+            submitter.register_files(&[other.as_raw_fd()]),
+            submitter.register_probe(&mut io_uring::Probe::new()),
+        ] {
+            assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EACCES));
+        }
+        other.write_all_at(b"two", 0).unwrap();
+        uring.set_file(&other).unwrap();
+        assert_eq!(force(&mut uring, &opcode::Readv::new(FILE, &vec, 1).build()).unwrap(), 3);
+        assert_eq!(&buffer, b"two");
+    }
+
+    #[test]
+    fn more_than_the_ring_holds_is_refused_and_nothing_is_lost() {
+        let file = tempfile::tempfile().unwrap();
+        let mut uring = match Uring::new(&file, 2) {
+            Ok(uring) => uring,
+            Err(error) => return eprintln!("SKIPPED: io_uring: {error}"),
+        };
+        // SAFETY: no buffers.
+        let mut start = |token| unsafe { uring.start(token, &Operation::Sync) };
+        start(0).unwrap();
+        start(1).unwrap();
+        assert_eq!(start(2).unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        let mut done = Vec::new();
+        while done.len() < 2 {
+            uring.wait().unwrap();
+            while let Some((token, result)) = uring.completed() {
+                done.push((token, result.unwrap()));
+            }
+        }
+        done.sort_unstable();
+        assert_eq!(done, [(0, 0), (1, 0)]);
+    }
+}
