@@ -1,5 +1,6 @@
 //! The launcher that people use by hand.
 
+mod bench;
 mod run;
 
 use std::error::Error;
@@ -11,8 +12,12 @@ const HELP: &str = "\
 A launcher for microVMs.
 
 Usage: vesiclectl run [OPTION]... [-- COMMAND...]
+       vesiclectl bench OPTION...
 
-  run    run a command in a microVM; `vesiclectl run --help` says how
+  run      run a command in a microVM
+  bench    measure VMMs
+
+`vesiclectl SUBCOMMAND --help` says more.
 ";
 
 fn main() -> ExitCode {
@@ -40,6 +45,12 @@ fn command() -> Result<u8, Box<dyn Error>> {
                 return run.run();
             }
             print!("{}", run::HELP);
+        }
+        Some(Arg::Value(name)) if name == "bench" => {
+            if let Some(bench) = bench::Arguments::parse(&mut parser)? {
+                return bench.run();
+            }
+            print!("{}", bench::HELP);
         }
         Some(Arg::Long("help") | Arg::Short('h')) => print!("{HELP}"),
         Some(argument) => return Err(usage(argument.unexpected())),

@@ -1,0 +1,170 @@
+//! The benchmarks' guest: one static program that is all there is in the initramfs (tools/bench builds it).
+//!
+//! `bench=MODE` on the kernel's command line, which the kernel hands on in the environment, says what to do:
+//!
+//! - `exit` resets the machine at once.
+//! - `ready` writes 123 to the boot timer and sleeps.
+//! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
+//!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
+#![no_std]
+#![no_main]
+
+use core::arch::{asm, naked_asm};
+
+const WRITE: usize = 1;
+const OPEN: usize = 2;
+const CLOSE: usize = 3;
+const MMAP: usize = 9;
+const PREAD: usize = 17;
+const PWRITE: usize = 18;
+const PAUSE: usize = 34;
+const MKDIR: usize = 83;
+const MKNOD: usize = 133;
+const MOUNT: usize = 165;
+const REBOOT: usize = 169;
+const CLOCK_GETTIME: usize = 228;
+
+const O_RDWR: usize = 2;
+const O_NOCTTY: usize = 0o400;
+const O_DIRECT: usize = 0o40000;
+const O_SYNC: usize = 0o4010000;
+const PROT_READ_WRITE: usize = 3;
+const MAP_SHARED: usize = 1;
+const MAP_ANONYMOUS: usize = 0x20;
+const MAP_POPULATE: usize = 0x8000;
+
+const BOOT_TIMER: usize = 0xC000_0000;
+const BOOTED: u8 = 123;
+const PAGE: usize = 4096;
+const MIB: usize = 1 << 20;
+/// The part of the drive that is used, in bytes.
+const AREA: usize = 64 * MIB;
+
+/// A system call. Its arguments are numbers and pointers to memory that lives for the call.
+fn call(number: usize, arguments: [usize; 6]) -> isize {
+    let [a, b, c, d, e, f] = arguments;
+    let result;
+    // SAFETY: the Linux system call ABI of x86-64; no call made here changes memory that the compiler knows, save
+    // what its arguments point to, and memory is assumed clobbered.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d,
+            in("r8") e, in("r9") f, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+/// The entry point: argc, argv and the environment are on the stack.
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+extern "C" fn _start() -> ! {
+    naked_asm!("mov rdi, rsp", "and rsp, -16", "call {main}", "ud2", main = sym main)
+}
+
+extern "C" fn main(stack: *const usize) -> ! {
+    match mode(stack) {
+        Some(b"ready") => ready(),
+        Some(mode) => block(mode),
+        None => {}
+    }
+    reset()
+}
+
+/// The value of `bench=` in the environment.
+fn mode<'a>(stack: *const usize) -> Option<&'a [u8]> {
+    // SAFETY: the System V ABI: argc, that many pointers, a null, then the environment's pointers up to a null, each
+    // to a string that ends with a NUL and stays.
+    unsafe {
+        let mut variable = stack.add(*stack + 2);
+        while *variable != 0 {
+            let start = *variable as *const u8;
+            // Volatile, or the compiler makes this a call of strlen, which is in a library that is not there.
+            let length = (0..).take_while(|&i| start.add(i).read_volatile() != 0).count();
+            if let Some(mode) = core::slice::from_raw_parts(start, length).strip_prefix(b"bench=") {
+                return Some(mode);
+            }
+            variable = variable.add(1);
+        }
+    }
+    None
+}
+
+fn reset() -> ! {
+    loop {
+        call(REBOOT, [0xfee1_dead, 672_274_793, 0x0123_4567, 0, 0, 0]);
+    }
+}
+
+fn ready() {
+    const CHARACTER_DEVICE: usize = 0o20600;
+    call(MKNOD, [c"/mem".as_ptr() as usize, CHARACTER_DEVICE, 1 << 8 | 1, 0, 0, 0]);
+    let mem = call(OPEN, [c"/mem".as_ptr() as usize, O_RDWR | O_SYNC, 0, 0, 0, 0]);
+    let timer = call(MMAP, [0, PAGE, PROT_READ_WRITE, MAP_SHARED, mem as usize, BOOT_TIMER]);
+    if timer > 0 {
+        // SAFETY: the call has just mapped a page there, and nothing else uses it.
+        unsafe { (timer as *mut u8).write_volatile(BOOTED) };
+    }
+    loop {
+        call(PAUSE, [0; 6]);
+    }
+}
+
+fn block(mode: &[u8]) {
+    let Some(colon) = mode.iter().position(|&byte| byte == b':') else { return };
+    let (kind, count) = (&mode[..colon], number(&mode[colon + 1..]));
+    let (number, size, random) = match kind {
+        b"rand-read" => (PREAD, PAGE, true),
+        b"rand-write" => (PWRITE, PAGE, true),
+        b"seq-read" => (PREAD, MIB, false),
+        b"seq-write" => (PWRITE, MIB, false),
+        _ => return,
+    };
+    call(MKDIR, [c"/dev".as_ptr() as usize, 0o700, 0, 0, 0, 0]);
+    call(MOUNT, [c"dev".as_ptr() as usize, c"/dev".as_ptr() as usize, c"devtmpfs".as_ptr() as usize, 0, 0, 0]);
+    let drive = call(OPEN, [c"/dev/vda".as_ptr() as usize, O_RDWR | O_DIRECT, 0, 0, 0, 0]) as usize;
+    // Shared memory that is populated at once: no page faults in what is measured.
+    let buffer = call(MMAP, [0, size, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, usize::MAX, 0]);
+
+    let mut place = 0usize;
+    let mut random_state = 1u64;
+    let mut failed = false;
+    let start = now();
+    for _ in 0..count {
+        if random {
+            random_state = random_state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            place = (random_state >> 33) as usize % (AREA / size) * size;
+        }
+        failed |= call(number, [drive, buffer as usize, size, place, 0, 0]) != size as isize;
+        place = (place + size) % AREA;
+    }
+    let elapsed = now() - start;
+    report(if failed { 0 } else { elapsed });
+}
+
+fn number(digits: &[u8]) -> usize {
+    digits.iter().fold(0, |number, digit| number * 10 + usize::from(digit & 0xf))
+}
+
+/// The monotonic clock in nanoseconds.
+fn now() -> u64 {
+    const MONOTONIC: usize = 1;
+    let mut time = [0u64; 2];
+    call(CLOCK_GETTIME, [MONOTONIC, time.as_mut_ptr() as usize, 0, 0, 0, 0]);
+    time[0] * 1_000_000_000 + time[1]
+}
+
+fn report(mut nanoseconds: u64) {
+    let mut line = *b"bench 00000000000000000000\n";
+    for digit in line[6..26].iter_mut().rev() {
+        *digit = b'0' + (nanoseconds % 10) as u8;
+        nanoseconds /= 10;
+    }
+    let tty = call(OPEN, [c"/dev/ttyS0".as_ptr() as usize, O_RDWR | O_NOCTTY, 0, 0, 0, 0]) as usize;
+    call(WRITE, [tty, line.as_ptr() as usize, line.len(), 0, 0, 0]);
+    // Waits until the line is out.
+    call(CLOSE, [tty, 0, 0, 0, 0, 0]);
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    reset()
+}

@@ -1,0 +1,278 @@
+//! How each figure is measured.
+
+use std::error::Error;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::counters::{Counters, Counts};
+use super::figures::Part;
+use super::guest::{FLAT_DIRTY, Files, Job, MEMORY_MIB};
+use super::process;
+use super::subject::{Api, Process, Subject};
+
+/// Values of figures, in base units.
+pub type Values = Vec<(&'static str, f64)>;
+type Outcome = Result<Values, Box<dyn Error>>;
+
+/// Requests of the random and the sequential block figures: few, since the lab's emulated processor now and then delivers
+/// an interrupt twice, and one in some thousand of those ends in a deadlock of the guest.
+const RANDOM: u32 = 200;
+const SEQUENTIAL: u32 = 64;
+
+/// A measurement.
+#[derive(Debug)]
+pub struct Experiment {
+    /// The figures it yields.
+    pub figures: &'static [&'static str],
+    /// Whether QEMU, which has another API, takes part.
+    pub for_qemu: bool,
+    /// Whether a repetition could yield something else.
+    pub repeats: bool,
+    /// Measures once.
+    pub run: fn(&Bench, &Subject) -> Outcome,
+}
+
+const fn experiment(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
+    Experiment { figures, for_qemu: false, repeats: true, run }
+}
+
+const DETERMINISTIC: &[Experiment] = &[
+    experiment(&["api-cpu"], api),
+    experiment(&["start", "init", "resident", "dirty", "pause"], boot),
+    Experiment { figures: &["exit"], for_qemu: true, repeats: true, run: exit },
+    Experiment {
+        figures: &["exit-exits", "exit-faults", "exit-user", "exit-calls"],
+        for_qemu: true,
+        repeats: false,
+        run: count_exit,
+    },
+    experiment(&["rand-read"], |bench, subject| block(bench, subject, "rand-read", RANDOM)),
+    counts(&["rand-read-exits", "rand-read-calls"], |b, s| count_block(b, s, "rand-read", RANDOM)),
+    experiment(&["rand-write"], |bench, subject| block(bench, subject, "rand-write", RANDOM)),
+    counts(&["rand-write-exits", "rand-write-calls"], |b, s| count_block(b, s, "rand-write", RANDOM)),
+    experiment(&["seq-read"], |bench, subject| block(bench, subject, "seq-read", SEQUENTIAL)),
+    counts(&["seq-read-exits", "seq-read-calls"], |b, s| count_block(b, s, "seq-read", SEQUENTIAL)),
+    experiment(&["seq-write"], |bench, subject| block(bench, subject, "seq-write", SEQUENTIAL)),
+    counts(&["seq-write-exits", "seq-write-calls"], |b, s| count_block(b, s, "seq-write", SEQUENTIAL)),
+];
+
+const fn counts(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
+    Experiment { figures, for_qemu: false, repeats: false, run }
+}
+
+const NATIVE: &[Experiment] = &[
+    experiment(&["api", "api-cpu"], api),
+    experiment(&["start"], start),
+    experiment(&["pause", "resident", "dirty"], flat),
+    counts(&["binary"], |_, subject| Ok(vec![("binary", std::fs::metadata(subject.path())?.len() as f64)])),
+];
+
+/// The measurements of a part.
+pub fn of(part: Part) -> &'static [Experiment] {
+    match part {
+        Part::Deterministic => DETERMINISTIC,
+        Part::Native => NATIVE,
+    }
+}
+
+/// Everything a measurement needs.
+#[derive(Debug)]
+pub struct Bench {
+    part: Part,
+    files: Files,
+    subjects: Vec<Subject>,
+}
+
+impl Bench {
+    /// Brings all files into memory, the programs too.
+    pub fn prepare(
+        part: Part,
+        mut subjects: Vec<Subject>,
+        kernel: &Path,
+        initramfs: &Path,
+    ) -> Result<Self, Box<dyn Error>> {
+        let files = Files::prepare(kernel, initramfs)?;
+        for (index, subject) in subjects.iter_mut().enumerate() {
+            // QEMU finds its firmware from where it is.
+            if !subject.is_qemu() {
+                let copy = files.copy(subject.path(), &format!("vmm{index}"))?;
+                subject.set_path(copy);
+            }
+        }
+        Ok(Self { part, files, subjects })
+    }
+
+    /// Whom to measure.
+    pub fn subjects(&self) -> &[Subject] {
+        &self.subjects
+    }
+
+    fn launch(&self, subject: &Subject, more: &[&str]) -> Result<Api, Box<dyn Error>> {
+        // Where there is one processor, whoever waits must leave it to the other.
+        let pause = match self.part {
+            Part::Deterministic => || std::thread::sleep(Duration::from_micros(50)),
+            Part::Native => std::thread::yield_now,
+        };
+        Api::start(subject, self.files.path("api.sock"), more, pause)
+    }
+
+    /// Runs `job` to its end without an API.
+    fn run(&self, subject: &Subject, job: Job<'_>) -> Result<Process, Box<dyn Error>> {
+        let (kernel, initramfs) = (self.files.path("vmlinux"), self.files.path("initramfs"));
+        if subject.is_qemu() {
+            // Its microvm has no keyboard controller to reset by.
+            let append = Files::boot_args(job).replace("reboot=k", "reboot=t");
+            let (kernel, initramfs) = (kernel.to_string_lossy(), initramfs.to_string_lossy());
+            let memory = MEMORY_MIB.to_string();
+            let arguments = [
+                "-M",
+                "microvm,pit=off,pic=off,rtc=off,isa-serial=off",
+                "-enable-kvm",
+                "-cpu",
+                "host",
+                "-m",
+                &memory,
+                "-smp",
+                "1",
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-kernel",
+                &kernel,
+                "-initrd",
+                &initramfs,
+                "-append",
+                &append,
+            ];
+            return Ok(Process::start(subject.path(), &arguments)?);
+        }
+        let file = self.files.path("config.json");
+        std::fs::write(&file, self.files.configuration(job, subject.image_mapping()).to_string())?;
+        Ok(Process::start(subject.path(), &["--no-api", "--config-file", &file.to_string_lossy()])?)
+    }
+
+    fn resident(&self, process: &Process) -> Result<process::Resident, Box<dyn Error>> {
+        process::resident(process.id(), &[&self.files.path("vmlinux"), &self.files.path("initramfs")])
+    }
+}
+
+fn seconds(start: Instant, end: Instant) -> f64 {
+    end.saturating_duration_since(start).as_secs_f64()
+}
+
+fn api(bench: &Bench, subject: &Subject) -> Outcome {
+    let api = bench.launch(subject, &[])?;
+    let answered = Instant::now();
+    let cpu = process::cpu_time(api.process.id())?;
+    Ok(vec![("api", seconds(api.process.started(), answered)), ("api-cpu", cpu.as_secs_f64())])
+}
+
+fn instance_start(api: &Api) -> Result<Duration, Box<dyn Error>> {
+    api.must("PUT", "/actions", &json!({ "action_type": "InstanceStart" }))
+}
+
+/// Pauses a running microVM.
+fn pause(api: &Api) -> Result<Duration, Box<dyn Error>> {
+    api.must("PATCH", "/vm", &json!({ "state": "Paused" }))
+}
+
+/// Boots Linux over the API, up to a sleeping init.
+fn boot(bench: &Bench, subject: &Subject) -> Outcome {
+    let mut api = bench.launch(subject, &["--boot-timer"])?;
+    api.configure(&bench.files.configuration(Job::Ready, subject.image_mapping()))?;
+    let sent = Instant::now();
+    let reply = instance_start(&api)?;
+    let (_, ready) = api.process.await_output("Guest-boot-time")?;
+    let memory = bench.resident(&api.process)?;
+    let pause = pause(&api)?;
+    Ok(vec![
+        ("start", reply.as_secs_f64()),
+        ("init", seconds(sent, ready)),
+        ("resident", memory.outside as f64),
+        ("dirty", memory.dirty as f64),
+        ("pause", pause.as_secs_f64()),
+    ])
+}
+
+/// From the process's start to its end, with a guest that resets the machine at once.
+fn exit(bench: &Bench, subject: &Subject) -> Outcome {
+    let mut process = bench.run(subject, Job::Exit)?;
+    let ended = process.await_end()?;
+    Ok(vec![("exit", seconds(process.started(), ended))])
+}
+
+fn counted(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<Counts, Box<dyn Error>> {
+    let mut counters = Counters::open().map_err(|error| format!("no tracepoints to count with: {error}"))?;
+    bench.run(subject, job)?.await_end()?;
+    Ok(counters.read()?)
+}
+
+fn count_exit(bench: &Bench, subject: &Subject) -> Outcome {
+    let counts = counted(bench, subject, Job::Exit)?;
+    Ok(vec![
+        ("exit-exits", counts.exits),
+        ("exit-faults", counts.faults),
+        ("exit-user", counts.user),
+        ("exit-calls", counts.calls),
+    ])
+}
+
+/// Time of one random request, or of all sequential ones, by the guest's clock.
+fn block(bench: &Bench, subject: &Subject, kind: &'static str, requests: u32) -> Outcome {
+    let mut process = bench.run(subject, Job::Block(kind, requests))?;
+    let (output, _) = process.await_output("\n")?;
+    process.await_end()?;
+    let nanoseconds = output.lines().find_map(|line| line.strip_prefix("bench ")?.trim().parse::<u64>().ok());
+    match nanoseconds {
+        None | Some(0) => Err(format!("the guest's requests failed; it said {output:?}").into()),
+        Some(all) => {
+            let divisor = if kind.starts_with("rand") { f64::from(requests) } else { 1.0 };
+            Ok(vec![(kind, all as f64 * 1e-9 / divisor)])
+        }
+    }
+}
+
+/// What a request costs in exits and system calls: a run with requests less one without.
+fn count_block(bench: &Bench, subject: &Subject, kind: &'static str, requests: u32) -> Outcome {
+    let without = counted(bench, subject, Job::Block(kind, 0))?;
+    let with = counted(bench, subject, Job::Block(kind, requests))?;
+    let per = |with: f64, without: f64| (with - without) / f64::from(requests);
+    let (exits, calls) = match kind {
+        "rand-read" => ("rand-read-exits", "rand-read-calls"),
+        "rand-write" => ("rand-write-exits", "rand-write-calls"),
+        "seq-read" => ("seq-read-exits", "seq-read-calls"),
+        _ => ("seq-write-exits", "seq-write-calls"),
+    };
+    Ok(vec![(exits, per(with.exits, without.exits)), (calls, per(with.calls, without.calls))])
+}
+
+/// The call alone: where KVM cannot run Linux the guest fails after it.
+fn start(bench: &Bench, subject: &Subject) -> Outcome {
+    let api = bench.launch(subject, &[])?;
+    api.configure(&bench.files.configuration(Job::Ready, subject.image_mapping()))?;
+    Ok(vec![("start", instance_start(&api)?.as_secs_f64())])
+}
+
+/// A guest that any KVM can run.
+fn flat(bench: &Bench, subject: &Subject) -> Outcome {
+    let api = bench.launch(subject, &[])?;
+    api.configure(&bench.files.flat_configuration())?;
+    instance_start(&api)?;
+    let end = Instant::now() + Duration::from_secs(10);
+    let memory = loop {
+        let memory = bench.resident(&api.process)?;
+        if memory.guest >= FLAT_DIRTY {
+            break memory;
+        }
+        if Instant::now() > end {
+            return Err(format!("the flat guest did not run: {memory:?}").into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    let pause = pause(&api)?;
+    Ok(vec![("pause", pause.as_secs_f64()), ("resident", memory.outside as f64), ("dirty", memory.dirty as f64)])
+}

@@ -1,0 +1,148 @@
+//! What there is to measure. The goals and the peer's figures are those of the project's performance page.
+
+use std::error::Error;
+
+/// Where a figure is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// In the lab, with a clock that counts instructions: comparable across machines.
+    Deterministic,
+    /// On this machine, in real time.
+    Native,
+}
+
+impl Part {
+    /// The part of that name.
+    pub fn named(name: &str) -> Result<Self, Box<dyn Error>> {
+        match name {
+            "deterministic" => Ok(Self::Deterministic),
+            "native" => Ok(Self::Native),
+            other => Err(format!("--part {other:?}: must be deterministic or native").into()),
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Deterministic => "deterministic",
+            Self::Native => "native",
+        }
+    }
+}
+
+/// What a figure counts. Values are kept in the base unit: seconds, bytes, or a plain number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Seconds, shown in milliseconds.
+    Ms,
+    /// Seconds, shown in microseconds.
+    Us,
+    /// Bytes, shown in MiB.
+    MiB,
+    /// Bytes, shown in MB.
+    MB,
+    /// A number.
+    Count,
+}
+
+impl Unit {
+    /// Base units in one of what is shown.
+    pub fn scale(self) -> f64 {
+        match self {
+            Self::Ms => 1e-3,
+            Self::Us => 1e-6,
+            Self::MiB => 1_048_576.0,
+            Self::MB => 1e6,
+            Self::Count => 1.0,
+        }
+    }
+
+    /// Its symbol.
+    pub fn symbol(self) -> &'static str {
+        match self {
+            Self::Ms => "ms",
+            Self::Us => "µs",
+            Self::MiB => "MiB",
+            Self::MB => "MB",
+            Self::Count => "",
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug)]
+pub struct Figure {
+    /// Its name on the command line and in the JSON.
+    pub id: &'static str,
+    /// What it is.
+    pub what: &'static str,
+    /// How it is shown.
+    pub unit: Unit,
+    /// At most this, in the shown unit.
+    pub goal: Option<f64>,
+    /// Firecracker's figure from the performance page, where it holds on any machine.
+    pub firecracker: &'static str,
+}
+
+const fn figure(id: &'static str, what: &'static str, unit: Unit, goal: f64, firecracker: &'static str) -> Figure {
+    Figure { id, what, unit, goal: Some(goal), firecracker }
+}
+
+const fn count(id: &'static str, what: &'static str) -> Figure {
+    Figure { id, what, unit: Unit::Count, goal: None, firecracker: "" }
+}
+
+use Unit::{MB, MiB, Ms, Us};
+
+const DETERMINISTIC: &[Figure] = &[
+    figure("api-cpu", "process start → API answers, CPU time", Ms, 2.0, "4.1–4.8"),
+    Figure { id: "start", what: "InstanceStart call → reply", unit: Ms, goal: None, firecracker: "97" },
+    figure("init", "InstanceStart → init", Ms, 220.0, "311"),
+    figure("exit", "process start → exit, init resets at once", Ms, 240.0, "336"),
+    count("exit-exits", "  VM exits"),
+    count("exit-faults", "  of them nested page faults"),
+    count("exit-user", "  exits to the VMM"),
+    count("exit-calls", "  system calls"),
+    figure("resident", "resident outside guest RAM", MiB, 2.0, "4.2"),
+    Figure { id: "dirty", what: "  of it private and dirty", unit: MiB, goal: None, firecracker: "" },
+    figure("pause", "pause", Us, 200.0, "500"),
+    figure("rand-read", "block, random 4 KiB read", Us, 90.0, "117"),
+    count("rand-read-exits", "  VM exits per request"),
+    count("rand-read-calls", "  system calls per request"),
+    figure("rand-write", "block, random 4 KiB write", Us, 90.0, "118"),
+    count("rand-write-exits", "  VM exits per request"),
+    count("rand-write-calls", "  system calls per request"),
+    figure("seq-read", "block, 64 MiB read, 1 MiB requests", Ms, 451.0, "451"),
+    count("seq-read-exits", "  VM exits per MiB"),
+    count("seq-read-calls", "  system calls per MiB"),
+    figure("seq-write", "block, 64 MiB write, 1 MiB requests", Ms, 462.0, "462"),
+    count("seq-write-exits", "  VM exits per MiB"),
+    count("seq-write-calls", "  system calls per MiB"),
+];
+
+const NATIVE: &[Figure] = &[
+    figure("api", "process start → API answers", Ms, 0.8, "1.5"),
+    figure("api-cpu", "process start → API answers, CPU time", Ms, 0.5, "1.2"),
+    figure("start", "InstanceStart call → reply, tuned kernel", Ms, 2.0, "15"),
+    figure("pause", "pause", Ms, 0.2, "0.43"),
+    figure("resident", "resident outside guest RAM", MiB, 2.0, "4.3"),
+    figure("dirty", "  of it private and dirty", MiB, 0.3, "0.34"),
+    figure("binary", "size of the program", MB, 4.0, ""),
+];
+
+/// The figures of a part, in the order they are shown.
+pub fn of(part: Part) -> &'static [Figure] {
+    match part {
+        Part::Deterministic => DETERMINISTIC,
+        Part::Native => NATIVE,
+    }
+}
+
+/// `id`, if there is such a figure.
+pub fn known(id: String) -> Result<String, Box<dyn Error>> {
+    if DETERMINISTIC.iter().chain(NATIVE).any(|figure| figure.id == id) {
+        return Ok(id);
+    }
+    let all: Vec<_> = DETERMINISTIC.iter().chain(NATIVE).map(|figure| figure.id).collect();
+    Err(format!("--only {id:?}: no such figure; there are {}", all.join(", ")).into())
+}

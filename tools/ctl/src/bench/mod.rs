@@ -1,0 +1,155 @@
+//! `vesiclectl bench`: measures VMMs that speak the same API, one beside the other.
+//!
+//! - [`figures`] says what there is to measure, and what the goals are.
+//! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
+//! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
+//! - [`counters`] and [`process`] look at it from outside.
+//! - [`report`] is the table and the JSON.
+
+mod counters;
+mod experiments;
+mod figures;
+mod guest;
+mod process;
+mod report;
+mod subject;
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use lexopt::{Arg, Parser, ValueExt};
+
+use experiments::{Bench, Experiment};
+use figures::Part;
+use report::Report;
+use subject::Subject;
+
+/// What `vesiclectl bench --help` prints.
+pub const HELP: &str = "\
+Measure VMMs: how fast they start, how much memory they take, what a block request costs.
+
+Usage: vesiclectl bench --part PART --vmm NAME=PATH[:MAPPING]... --kernel FILE --initramfs FILE [OPTION]...
+       vesiclectl bench --part PART --json FILE --show
+
+  --part PART          deterministic: with Linux guests, for a clock that counts instructions (tools/lab);
+                       native: in real time, what any KVM can do
+  --vmm NAME=PATH      a VMM with Vesicle's API; with :Shared or :Private, its image_mapping; may be repeated
+  --qemu PATH          measure QEMU's microvm machine too, where the figure makes sense
+  --kernel FILE        the tuned kernel (tools/guest kernel-tuned)
+  --initramfs FILE     the benchmarks' guest (tools/guest initramfs-bench)
+  --runs N             samples per figure (default: 5, native: 20)
+  --only FIGURE        only what yields this figure; may be repeated
+  --json FILE          add the results to those in FILE
+  --show               print the table, with what is in FILE already
+";
+
+/// What to measure.
+pub struct Arguments {
+    part: Part,
+    subjects: Vec<Subject>,
+    /// None to measure nothing.
+    images: Option<Images>,
+    runs: usize,
+    only: Vec<String>,
+    json: Option<PathBuf>,
+    show: bool,
+}
+
+/// What the guests boot.
+struct Images {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl Arguments {
+    /// Parses what follows `bench`; `None` if help is asked for.
+    pub fn parse(parser: &mut Parser) -> Result<Option<Self>, Box<dyn Error>> {
+        let (mut part, mut kernel, mut initramfs, mut json, mut runs) = (None, None, None, None, None);
+        let (mut subjects, mut only, mut show) = (Vec::new(), Vec::new(), false);
+        while let Some(argument) = parser.next()? {
+            match argument {
+                Arg::Long("part") => part = Some(Part::named(&parser.value()?.string()?)?),
+                Arg::Long("vmm") => subjects.push(Subject::parse(&parser.value()?.string()?)?),
+                Arg::Long("qemu") => subjects.push(Subject::qemu(parser.value()?.into())),
+                Arg::Long("kernel") => kernel = Some(parser.value()?.into()),
+                Arg::Long("initramfs") => initramfs = Some(parser.value()?.into()),
+                Arg::Long("runs") => runs = Some(parser.value()?.parse()?),
+                Arg::Long("only") => only.push(figures::known(parser.value()?.string()?)?),
+                Arg::Long("show") => show = true,
+                Arg::Long("json") => json = Some(parser.value()?.into()),
+                Arg::Long("help") | Arg::Short('h') => return Ok(None),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let part = part.ok_or("name a --part")?;
+        let images = match (kernel, initramfs) {
+            (Some(kernel), Some(initramfs)) => Some(Images { kernel, initramfs }),
+            (None, None) if show => None,
+            _ => return Err("name a --kernel and an --initramfs".into()),
+        };
+        Ok(Some(Self {
+            part,
+            subjects,
+            images,
+            runs: runs.unwrap_or(if part == Part::Native { 20 } else { 5 }).max(1),
+            only,
+            json,
+            show,
+        }))
+    }
+
+    /// Measures, prints the table, writes the JSON. Returns the exit status: 1 if something could not be measured.
+    pub fn run(self) -> Result<u8, Box<dyn Error>> {
+        let mut report = Report::load(self.part, self.json.as_deref());
+        let mut status = 0;
+        if let Some(images) = &self.images {
+            let bench = Bench::prepare(self.part, self.subjects.clone(), &images.kernel, &images.initramfs)?;
+            for experiment in experiments::of(self.part).iter().filter(|experiment| self.wants(experiment)) {
+                eprintln!("vesiclectl: measuring {}", experiment.figures.join(", "));
+                status |= self.measure(&bench, experiment, &mut report);
+                // Whatever happens to the next, this one is kept.
+                if let Some(path) = &self.json {
+                    report.save(path)?;
+                }
+            }
+        }
+        if self.show {
+            print!("{}", report.table());
+        }
+        Ok(status)
+    }
+
+    fn wants(&self, experiment: &Experiment) -> bool {
+        self.only.is_empty() || experiment.figures.iter().any(|id| self.only.iter().any(|only| only == id))
+    }
+
+    /// Measures all subjects, alternating, so that what changes on the machine meanwhile is spread over all of them.
+    fn measure(&self, bench: &Bench, experiment: &Experiment, report: &mut Report) -> u8 {
+        // The first round warms up.
+        let rounds = if experiment.repeats { 1 + self.runs } else { 1 };
+        let mut samples = vec![Ok(Vec::new()); bench.subjects().len()];
+        for _ in 0..rounds {
+            for (subject, samples) in bench.subjects().iter().zip(&mut samples) {
+                if let Ok(list) = samples
+                    && (experiment.for_qemu || !subject.is_qemu())
+                {
+                    match (experiment.run)(bench, subject) {
+                        Ok(values) => list.push(values),
+                        Err(error) => *samples = Err(error.to_string()),
+                    }
+                }
+            }
+        }
+        let mut status = 0;
+        for (subject, samples) in bench.subjects().iter().zip(samples) {
+            match samples {
+                Ok(list) => report.add(subject.name(), list.get(usize::from(experiment.repeats)..).unwrap_or_default()),
+                Err(error) => {
+                    eprintln!("vesiclectl: {}: {error}", subject.name());
+                    status = 1;
+                }
+            }
+        }
+        status
+    }
+}

@@ -1,0 +1,263 @@
+//! A VMM under measurement, and its processes.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::Value;
+
+/// Nothing that is measured takes so long unless it hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whom to measure.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    name: String,
+    path: PathBuf,
+    image_mapping: Option<String>,
+    qemu: bool,
+}
+
+impl Subject {
+    /// From NAME=PATH or NAME=PATH:MAPPING.
+    pub fn parse(text: &str) -> Result<Self, Box<dyn Error>> {
+        let (name, path) = text.split_once('=').ok_or("--vmm takes NAME=PATH")?;
+        let (path, image_mapping) = match path.rsplit_once(':') {
+            Some((path, mapping @ ("Shared" | "Private"))) => (path, Some(mapping.to_owned())),
+            _ => (path, None),
+        };
+        Ok(Self { name: name.to_owned(), path: path.into(), image_mapping, qemu: false })
+    }
+
+    /// QEMU's microvm machine.
+    pub fn qemu(path: PathBuf) -> Self {
+        Self { name: "qemu".to_owned(), path, image_mapping: None, qemu: true }
+    }
+
+    /// How it is called in the report.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The program.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs another file, a copy of the program, from now on.
+    pub fn set_path(&mut self, path: PathBuf) {
+        self.path = path;
+    }
+
+    /// The `image_mapping` it is to use, if not its default.
+    pub fn image_mapping(&self) -> Option<&str> {
+        self.image_mapping.as_deref()
+    }
+
+    /// Whether it is QEMU, which has no such API.
+    pub fn is_qemu(&self) -> bool {
+        self.qemu
+    }
+}
+
+/// A process under measurement. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    /// Its standard output and standard error.
+    output: File,
+    started: Instant,
+}
+
+impl Process {
+    /// Starts `program` with `arguments`.
+    pub fn start(program: &Path, arguments: &[&str]) -> io::Result<Self> {
+        let (output, write_end) = io::pipe()?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stderr(write_end.try_clone()?).stdout(write_end);
+        let started = Instant::now();
+        let child = command.spawn()?;
+        // With the command go its copies of the pipe's end.
+        drop(command);
+        let output = File::from(std::os::fd::OwnedFd::from(output));
+        Ok(Self { child, output, started })
+    }
+
+    /// When it was started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Reads its output up to and with `text`; returns what came, and when.
+    pub fn await_output(&mut self, text: &str) -> Result<(String, Instant), Box<dyn Error>> {
+        let mut all = Vec::new();
+        let mut buffer = [0; 4096];
+        let end = Instant::now() + LIMIT;
+        loop {
+            let left = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
+            if poll(&mut [PollFd::new(&self.output.as_fd(), PollFlags::IN)], Some(&left))? == 0 {
+                return Err(format!("no {text:?} within {} s", LIMIT.as_secs()).into());
+            }
+            let count = self.output.read(&mut buffer)?;
+            let now = Instant::now();
+            all.extend_from_slice(&buffer[..count]);
+            let so_far = String::from_utf8_lossy(&all);
+            if so_far.contains(text) {
+                return Ok((so_far.into_owned(), now));
+            }
+            if count == 0 {
+                return Err(format!("it ended without {text:?}; it said {so_far:?}").into());
+            }
+        }
+    }
+
+    /// Waits for its end, which must be a clean one.
+    pub fn await_end(&mut self) -> Result<Instant, Box<dyn Error>> {
+        let status = self.child.wait()?;
+        let now = Instant::now();
+        if status.success() { Ok(now) } else { Err(self.failure(status)) }
+    }
+
+    fn failure(&mut self, status: ExitStatus) -> Box<dyn Error> {
+        let mut said = String::new();
+        let _ = self.output.read_to_string(&mut said);
+        format!("it ended with {status}: {}", said.trim_end()).into()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A VMM with its API socket. What it answers is timed here, without an HTTP library's own time in it.
+#[derive(Debug)]
+pub struct Api {
+    /// The VMM.
+    pub process: Process,
+    socket: PathBuf,
+}
+
+impl Api {
+    /// Starts `subject` and waits until its API answers; `pause` is what to do between two tries.
+    pub fn start(subject: &Subject, socket: PathBuf, more: &[&str], pause: fn()) -> Result<Self, Box<dyn Error>> {
+        let _ = std::fs::remove_file(&socket);
+        let name = socket.to_str().ok_or("the socket's path is not UTF-8")?;
+        let process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
+        let mut api = Self { process, socket };
+        while let Err(error) = api.request("GET", "/", None) {
+            if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) {
+                return Err(error.into());
+            }
+            if let Some(status) = api.process.child.try_wait()? {
+                return Err(api.process.failure(status));
+            }
+            pause();
+        }
+        Ok(api)
+    }
+
+    /// PUTs everything a configuration file would hold.
+    pub fn configure(&self, configuration: &Value) -> Result<(), Box<dyn Error>> {
+        for endpoint in ["machine-config", "boot-source"] {
+            self.must("PUT", &format!("/{endpoint}"), &configuration[endpoint])?;
+        }
+        for drive in configuration["drives"].as_array().into_iter().flatten() {
+            let id = drive["drive_id"].as_str().unwrap_or_default();
+            self.must("PUT", &format!("/drives/{id}"), drive)?;
+        }
+        Ok(())
+    }
+
+    /// A request that must be done (204); how long it took.
+    pub fn must(&self, method: &str, path: &str, body: &Value) -> Result<Duration, Box<dyn Error>> {
+        let body = body.to_string();
+        let start = Instant::now();
+        let reply = self.request(method, path, Some(&body))?;
+        let took = start.elapsed();
+        if reply.starts_with("HTTP/1.1 204") { Ok(took) } else { Err(format!("{method} {path}: {reply}").into()) }
+    }
+
+    /// One exchange on a connection of its own; returns the reply as it came.
+    fn request(&self, method: &str, path: &str, body: Option<&str>) -> io::Result<String> {
+        let mut stream = UnixStream::connect(&self.socket)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let body = body.unwrap_or_default();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes())?;
+        let mut reply = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let count = stream.read(&mut buffer)?;
+            reply.extend_from_slice(&buffer[..count]);
+            let text = String::from_utf8_lossy(&reply);
+            if is_whole(&text) {
+                return Ok(text.into_owned());
+            }
+            if count == 0 {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+}
+
+/// Whether a reply is there up to the end of its body.
+fn is_whole(reply: &str) -> bool {
+    let Some((head, body)) = reply.split_once("\r\n\r\n") else { return false };
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+    });
+    body.len() >= length.unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_may_name_its_image_mapping() {
+        let subject = Subject::parse("a=/x/y:Private").unwrap();
+        assert_eq!(
+            (subject.name(), subject.path(), subject.image_mapping()),
+            ("a", Path::new("/x/y"), Some("Private"))
+        );
+        let subject = Subject::parse("b=/x:y").unwrap();
+        assert_eq!((subject.path(), subject.image_mapping()), (Path::new("/x:y"), None));
+        assert!(Subject::parse("/x").is_err());
+    }
+
+    #[test]
+    fn a_reply_is_whole_with_its_body() {
+        assert!(is_whole("HTTP/1.1 204 No Content\r\n\r\n"));
+        assert!(!is_whole("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{"));
+        assert!(is_whole("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"));
+        assert!(!is_whole("HTTP/1.1 204 No Content\r\n"));
+    }
+
+    #[test]
+    fn output_is_awaited_and_an_end_without_it_is_an_error() {
+        let mut process = Process::start(Path::new("/bin/sh"), &["-c", "echo one; echo two >&2"]).unwrap();
+        assert!(process.await_output("two").unwrap().0.starts_with("one\n"));
+        process.await_end().unwrap();
+        let mut process = Process::start(Path::new("/bin/sh"), &["-c", "echo no; exit 3"]).unwrap();
+        assert!(process.await_output("yes").unwrap_err().to_string().contains("no"));
+        assert!(process.await_end().is_err());
+    }
+}
