@@ -115,7 +115,7 @@ impl Bench {
             Part::Deterministic => || std::thread::sleep(Duration::from_micros(50)),
             Part::Native => std::thread::yield_now,
         };
-        Api::start(subject, self.files.path("api.sock"), more, pause)
+        Api::start(subject, &self.files.path("api.sock"), more, pause)
     }
 
     /// Runs `job` to its end without an API.
@@ -171,12 +171,13 @@ fn api(bench: &Bench, subject: &Subject) -> Outcome {
     Ok(vec![("api", seconds(api.process.started(), answered)), ("api-cpu", cpu.as_secs_f64())])
 }
 
-fn instance_start(api: &Api) -> Result<Duration, Box<dyn Error>> {
+fn instance_start(api: &mut Api) -> Result<Duration, Box<dyn Error>> {
     api.must("PUT", "/actions", &json!({ "action_type": "InstanceStart" }))
 }
 
-/// Pauses a running microVM.
-fn pause(api: &Api) -> Result<Duration, Box<dyn Error>> {
+/// Pauses a microVM whose guest has come to rest.
+fn pause(api: &mut Api) -> Result<Duration, Box<dyn Error>> {
+    std::thread::sleep(Duration::from_millis(100));
     api.must("PATCH", "/vm", &json!({ "state": "Paused" }))
 }
 
@@ -185,10 +186,10 @@ fn boot(bench: &Bench, subject: &Subject) -> Outcome {
     let mut api = bench.launch(subject, &["--boot-timer"])?;
     api.configure(&bench.files.configuration(Job::Ready, subject.image_mapping()))?;
     let sent = Instant::now();
-    let reply = instance_start(&api)?;
+    let reply = instance_start(&mut api)?;
     let (_, ready) = api.process.await_output("Guest-boot-time")?;
     let memory = bench.resident(&api.process)?;
-    let pause = pause(&api)?;
+    let pause = pause(&mut api)?;
     Ok(vec![
         ("start", reply.as_secs_f64()),
         ("init", seconds(sent, ready)),
@@ -252,16 +253,16 @@ fn count_block(bench: &Bench, subject: &Subject, kind: &'static str, requests: u
 
 /// The call alone: where KVM cannot run Linux the guest fails after it.
 fn start(bench: &Bench, subject: &Subject) -> Outcome {
-    let api = bench.launch(subject, &[])?;
+    let mut api = bench.launch(subject, &[])?;
     api.configure(&bench.files.configuration(Job::Ready, subject.image_mapping()))?;
-    Ok(vec![("start", instance_start(&api)?.as_secs_f64())])
+    Ok(vec![("start", instance_start(&mut api)?.as_secs_f64())])
 }
 
 /// A guest that any KVM can run.
 fn flat(bench: &Bench, subject: &Subject) -> Outcome {
-    let api = bench.launch(subject, &[])?;
+    let mut api = bench.launch(subject, &[])?;
     api.configure(&bench.files.flat_configuration())?;
-    instance_start(&api)?;
+    instance_start(&mut api)?;
     let end = Instant::now() + Duration::from_secs(10);
     let memory = loop {
         let memory = bench.resident(&api.process)?;
@@ -273,6 +274,6 @@ fn flat(bench: &Bench, subject: &Subject) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(1));
     };
-    let pause = pause(&api)?;
+    let pause = pause(&mut api)?;
     Ok(vec![("pause", pause.as_secs_f64()), ("resident", memory.outside as f64), ("dirty", memory.dirty as f64)])
 }

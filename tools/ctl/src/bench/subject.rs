@@ -143,68 +143,66 @@ impl Drop for Process {
     }
 }
 
-/// A VMM with its API socket. What it answers is timed here, without an HTTP library's own time in it.
+/// A VMM with one open connection to its API, as launchers have it. What it answers is timed here, without an HTTP
+/// library's own time in it.
 #[derive(Debug)]
 pub struct Api {
     /// The VMM.
     pub process: Process,
-    socket: PathBuf,
+    stream: UnixStream,
 }
 
 impl Api {
     /// Starts `subject` and waits until its API answers; `pause` is what to do between two tries.
-    pub fn start(subject: &Subject, socket: PathBuf, more: &[&str], pause: fn()) -> Result<Self, Box<dyn Error>> {
-        let _ = std::fs::remove_file(&socket);
+    pub fn start(subject: &Subject, socket: &Path, more: &[&str], pause: fn()) -> Result<Self, Box<dyn Error>> {
+        let _ = std::fs::remove_file(socket);
         let name = socket.to_str().ok_or("the socket's path is not UTF-8")?;
-        let process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
-        let mut api = Self { process, socket };
-        while let Err(error) = api.request("GET", "/", None) {
-            if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) {
-                return Err(error.into());
+        let mut process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
+        let stream = loop {
+            match UnixStream::connect(socket) {
+                Ok(stream) => break stream,
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {}
+                Err(error) => return Err(error.into()),
             }
-            if let Some(status) = api.process.child.try_wait()? {
-                return Err(api.process.failure(status));
+            if let Some(status) = process.child.try_wait()? {
+                return Err(process.failure(status));
             }
             pause();
-        }
+        };
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut api = Self { process, stream };
+        api.request("GET", "/", "")?;
         Ok(api)
     }
 
     /// PUTs everything a configuration file would hold.
-    pub fn configure(&self, configuration: &Value) -> Result<(), Box<dyn Error>> {
+    pub fn configure(&mut self, configuration: &Value) -> Result<(), Box<dyn Error>> {
         for endpoint in ["machine-config", "boot-source"] {
             self.must("PUT", &format!("/{endpoint}"), &configuration[endpoint])?;
-        }
-        for drive in configuration["drives"].as_array().into_iter().flatten() {
-            let id = drive["drive_id"].as_str().unwrap_or_default();
-            self.must("PUT", &format!("/drives/{id}"), drive)?;
         }
         Ok(())
     }
 
     /// A request that must be done (204); how long it took.
-    pub fn must(&self, method: &str, path: &str, body: &Value) -> Result<Duration, Box<dyn Error>> {
+    pub fn must(&mut self, method: &str, path: &str, body: &Value) -> Result<Duration, Box<dyn Error>> {
         let body = body.to_string();
         let start = Instant::now();
-        let reply = self.request(method, path, Some(&body))?;
+        let reply = self.request(method, path, &body)?;
         let took = start.elapsed();
         if reply.starts_with("HTTP/1.1 204") { Ok(took) } else { Err(format!("{method} {path}: {reply}").into()) }
     }
 
-    /// One exchange on a connection of its own; returns the reply as it came.
-    fn request(&self, method: &str, path: &str, body: Option<&str>) -> io::Result<String> {
-        let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        let body = body.unwrap_or_default();
+    /// Sends a request; returns the reply as it came.
+    fn request(&mut self, method: &str, path: &str, body: &str) -> io::Result<String> {
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
-        stream.write_all(request.as_bytes())?;
+        self.stream.write_all(request.as_bytes())?;
         let mut reply = Vec::new();
         let mut buffer = [0; 4096];
         loop {
-            let count = stream.read(&mut buffer)?;
+            let count = self.stream.read(&mut buffer)?;
             reply.extend_from_slice(&buffer[..count]);
             let text = String::from_utf8_lossy(&reply);
             if is_whole(&text) {
