@@ -20,6 +20,8 @@ mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_races;
+#[cfg(test)]
 mod tests_random;
 mod window;
 

@@ -196,19 +196,21 @@ impl Virtqueue {
         }
     }
 
-    /// Whether the driver has offered something since the last look. If not, it is asked to notify
-    /// (§2.7.10) and there is another look: it may have offered just before it could know.
+    /// Whether the driver has offered something since the last look. If not, it will notify.
     fn look_for_more(&mut self) -> Result<bool, Violation> {
-        if self.read_index()? {
-            return Ok(true);
-        }
+        Ok(self.read_index()? || self.ask_for_notification()?)
+    }
+
+    /// Asks the driver to notify when it offers the next (§2.7.10). Returns whether it has done so
+    /// before it could know.
+    fn ask_for_notification(&mut self) -> Result<bool, Violation> {
         // Without event indices the driver always notifies: it was never asked not to.
-        if self.event_idx {
-            self.used(2 + 4 * usize::from(self.size)).store(self.next_available.0.to_le(), Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            return self.read_index();
+        if !self.event_idx {
+            return Ok(false);
         }
-        Ok(false)
+        self.used(2 + 4 * usize::from(self.size)).store(self.next_available.0.to_le(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.read_index()
     }
 
     fn read_index(&mut self) -> Result<bool, Violation> {
@@ -315,5 +317,39 @@ unsafe fn read_descriptor(table: *const u8, index: u16) -> Descriptor {
         length: (bytes >> 64) as u32,
         flags: (bytes >> 96) as u16,
         next: (bytes >> 112) as u16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::devices::virtio::Windows;
+    use crate::devices::virtio::testing::{AVAILABLE, DESCRIPTORS, USED, guest_memory};
+
+    #[test]
+    fn what_is_offered_just_before_the_driver_could_know_is_found() {
+        let memory = guest_memory();
+        let state = QueueState {
+            max_size: 16,
+            size: 16,
+            ready: true,
+            desc_table: DESCRIPTORS,
+            avail_ring: AVAILABLE,
+            used_ring: USED,
+            event_idx_enabled: true,
+            ..QueueState::default()
+        };
+        let interrupt = Interrupt::new(Box::new(|| {}), Windows::new(1).get(0).unwrap());
+        let mut queue = Virtqueue::new(0, &state, memory.clone(), Arc::new(interrupt)).unwrap();
+        for number in 1..1000u16 {
+            assert_eq!(queue.pop(&mut Buffers::default()), Ok(None));
+            assert!(!queue.read_index().unwrap());
+            memory.write_obj(number, GuestAddress(AVAILABLE + 2)).unwrap();
+            assert!(queue.ask_for_notification().unwrap());
+            assert_eq!(queue.pop(&mut Buffers::default()), Ok(Some(0)));
+            assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 4 + 8 * 16)).unwrap(), number - 1);
+        }
     }
 }

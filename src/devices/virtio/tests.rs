@@ -21,7 +21,7 @@ const FAILED: u32 = 128;
 const RUNNING: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 
 /// The simplest device there is: a drive of 1 MiB.
-fn device() -> (Device, Arc<metrics::Block>) {
+pub(super) fn device() -> (Device, Arc<metrics::Block>) {
     let config = DriveConfig {
         drive_id: "d".to_owned(),
         is_root_device: false,
@@ -99,7 +99,12 @@ fn status_bits_come_in_order_and_only_a_reset_clears_them() {
     guest.set_status(ACKNOWLEDGE);
     guest.set_status(ACKNOWLEDGE | FEATURES_OK);
     assert_eq!(guest.status(), ACKNOWLEDGE);
-    guest.boot(guest.offered());
+    guest.prepare(guest.offered());
+    for fewer in [DRIVER_OK, FEATURES_OK | DRIVER_OK, RUNNING & !DRIVER] {
+        guest.set_status(fewer);
+        assert_eq!(guest.status(), RUNNING & !DRIVER_OK);
+    }
+    guest.set_status(RUNNING);
     for fewer in [ACKNOWLEDGE, RUNNING & !DRIVER_OK, RUNNING & !FEATURES_OK, DRIVER_OK] {
         guest.set_status(fewer);
         assert_eq!(guest.status(), RUNNING);
@@ -363,6 +368,9 @@ fn an_available_index_too_far_ahead_breaks_the_device() {
     for ahead in [257, 300, 0x7fff, 0xffff] {
         let guest = guest();
         guest.boot(guest.offered());
+        // Every entry of the ring names a good request.
+        guest.put(BUFFERS, &[0; 16]);
+        assert_eq!(guest.chain(&[readable(BUFFERS, 16), writable(BUFFERS + 0x1000, 513)]), 0);
         guest.set_available_index(ahead);
         guest.kick();
         assert_broken(&guest);
@@ -372,7 +380,7 @@ fn an_available_index_too_far_ahead_breaks_the_device() {
 #[test]
 fn a_malformed_chain_breaks_the_device_and_is_not_tried_again() {
     type Story = (&'static str, fn(&Guest));
-    let stories: [Story; 14] = [
+    let stories: [Story; 16] = [
         ("a loop of one", |g| g.descriptor(0, BUFFERS, 16, NEXT, 0)),
         ("a loop of two", |g| {
             g.descriptor(0, BUFFERS, 16, NEXT, 1);
@@ -400,7 +408,17 @@ fn a_malformed_chain_breaks_the_device_and_is_not_tried_again() {
         ("an indirect table in an indirect table", |g| {
             g.descriptor(0, 0x2_0000, 32, INDIRECT, 0);
             g.descriptor_at(0x2_0000, 0, BUFFERS, 16, NEXT, 1);
-            g.descriptor_at(0x2_0000, 1, 0x2_0000, 32, INDIRECT, 0);
+            g.descriptor_at(0x2_0000, 1, 0x3_0000, 16, INDIRECT, 0);
+            g.descriptor_at(0x3_0000, 0, BUFFERS + 0x1000, 513, WRITE, 0);
+        }),
+        ("an indirect table in itself", |g| {
+            g.descriptor(0, 0x2_0000, 32, INDIRECT, 0);
+            g.descriptor_at(0x2_0000, 0, 0x2_0000, 32, INDIRECT, 0);
+        }),
+        ("an indirect table with a successor", |g| {
+            g.descriptor(0, 0x2_0000, 32, INDIRECT | NEXT, 1);
+            g.descriptor_at(0x2_0000, 0, BUFFERS, 16, NEXT, 1);
+            g.descriptor_at(0x2_0000, 1, BUFFERS + 0x1000, 513, WRITE, 0);
         }),
     ];
     for (story, write) in stories {

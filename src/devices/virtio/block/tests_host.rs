@@ -60,6 +60,7 @@ fn discards_and_write_zeroes_with_bad_flags_ranges_or_counts_are_refused_whole()
             drive.segment(0, sector, count, flags);
             assert_eq!(drive.request(kind, 0, &[readable(DATA, 16)]), (status, 1), "{kind} {sector} {count}");
         }
+        assert_eq!(drive.metrics.discard_count.get(), 1, "of nothing at all");
         for length in [0, 1, 15, 17, 16 * 17] {
             assert_eq!(drive.request(DISCARD, 0, &[readable(DATA, length)]), (IOERR, 1), "{length} bytes");
         }
@@ -161,6 +162,17 @@ fn zeroes_are_written_where_the_host_cannot_zero_a_range() {
         assert!(on_disk(&drive, 512, 1023 * 512).iter().all(|&byte| byte == 0));
         assert_eq!(on_disk(&drive, 0, 512), [0xff; 512]);
         assert_eq!(on_disk(&drive, 1 << 19, 512), [0xff; 512]);
+    }
+}
+
+#[test]
+fn the_limits_in_the_configuration_space_are_the_limits() {
+    let drive = Drive::of_size(&drive(IoEngine::Sync), 4 << 30);
+    for (kind, most) in [(DISCARD, MAX_DISCARD_SECTORS), (WRITE_ZEROES, MAX_ZEROES_SECTORS)] {
+        for (sectors, status) in [(most, OK), (most + 1, IOERR)] {
+            drive.segment(0, 0, sectors, 0);
+            assert_eq!(drive.request(kind, 0, &[readable(DATA, 16)]), (status, 1), "{sectors}");
+        }
     }
 }
 
