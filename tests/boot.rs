@@ -116,9 +116,10 @@ fn memory_goes_on_above_the_gap_below_4_gib() {
 #[test]
 fn a_job_hands_back_its_output_and_its_exit_status() {
     for guest in [Guest::debian("6.12"), Guest::tuned().no_initramfs().rootfs()] {
-        let mut vm = guest.job("echo hello; exit 42").start();
+        // Enough that some of it is still on its way when the job ends.
+        let mut vm = guest.job("seq 300; exit 42").start();
         assert_eq!(vm.wait_job(), Some(42));
-        assert_eq!(vm.output(), "hello\n");
+        assert_eq!(vm.output(), (1..=300).map(|n| format!("{n}\n")).collect::<String>());
     }
 }
 
