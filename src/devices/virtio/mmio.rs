@@ -63,7 +63,7 @@ impl VirtioMmio {
     pub fn new(device: Device, memory: GuestMemory, line: Line, window: Window) -> io::Result<Self> {
         let interrupt = Arc::new(Interrupt::new(line, window.clone()));
         let transport = Transport::new(device, memory, Arc::clone(&interrupt), window.clone());
-        transport.publish();
+        transport.publish_all();
         Ok(Self {
             kind: transport.device.kind(),
             kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -264,17 +264,32 @@ impl Transport {
         self.device.features() | COMMON_FEATURES
     }
 
-    /// Brings the window up to date, save InterruptStatus, which is there first.
-    fn publish(&self) {
+    /// Fills the window, save InterruptStatus, which is there first.
+    fn publish_all(&self) {
         for register in (0..CONFIG_SPACE as u32).step_by(4).filter(|r| *r != reg::VIRTIO_MMIO_INTERRUPT_STATUS) {
             self.window.set(register, self.read(register));
         }
+        self.publish_config();
+    }
+
+    /// Brings the window up to date with what a register write may have changed.
+    fn publish(&self) {
+        for register in [
+            reg::VIRTIO_MMIO_DEVICE_FEATURES,
+            reg::VIRTIO_MMIO_QUEUE_NUM_MAX,
+            reg::VIRTIO_MMIO_QUEUE_READY,
+            reg::VIRTIO_MMIO_STATUS,
+            reg::VIRTIO_MMIO_CONFIG_GENERATION,
+        ] {
+            self.window.set(register, self.read(register));
+        }
+    }
+
+    fn publish_config(&self) {
         let mut space = [0; CONFIG_SPACE_SIZE];
         self.device.read_config(0, &mut space);
-        for (offset, word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(space.chunks_exact(4)) {
-            if let Ok(bytes) = word.try_into() {
-                self.window.set(offset, u32::from_le_bytes(bytes));
-            }
+        for (offset, &word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(space.as_chunks().0) {
+            self.window.set(offset, u32::from_le_bytes(word));
         }
     }
 
@@ -410,7 +425,7 @@ impl Transport {
 
     /// The generation changes after the space did (§4.2.2.1), and before the driver hears of it.
     fn config_changed(&mut self) {
-        self.publish();
+        self.publish_config();
         self.config_generation = self.config_generation.wrapping_add(1);
         self.publish();
         if self.status & DRIVER_OK != 0 {

@@ -137,7 +137,7 @@ fn assert_recovers(guest: &Guest, file: &std::fs::File) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     /// Any sequence of register accesses and kicks, with any descriptors behind them.
     #[test]
