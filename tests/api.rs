@@ -304,6 +304,17 @@ fn bad_arguments_have_a_status_of_their_own() {
 }
 
 #[test]
+fn fatal_signals_have_a_status_of_their_own() {
+    let statuses = [("SYS", 148), ("BUS", 149), ("SEGV", 150), ("XFSZ", 151), ("XCPU", 154), ("PIPE", 155)];
+    for (signal, status) in statuses.into_iter().chain([("HUP", 156), ("ILL", 157)]) {
+        let mut process = Process::start(&[]);
+        process.signal(&format!("-{signal}"));
+        assert_eq!(process.end().code(), Some(status), "SIG{signal}");
+        assert!(process.log().contains(&format!("SIG{signal}")), "{}", process.log());
+    }
+}
+
+#[test]
 fn events_tell_the_whole_life_and_why_it_ended() {
     let mut vm = Guest::tuned().configure();
     let mut listener = Command::new("curl");
