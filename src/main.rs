@@ -4,6 +4,7 @@
 
 use std::fmt::Display;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::exit;
 use std::thread::JoinHandle;
 
@@ -15,11 +16,11 @@ use vesicle::cli::{self, ApiSocket, Cli, Options};
 use vesicle::config::MetricsConfig;
 use vesicle::control::{self, Command, CommandSender, Event};
 use vesicle::devices::boot_timer::{self, BootTimer};
+use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};
 use vesicle::machine::{chain, restore_terminal};
 use vesicle::metrics::METRICS;
 use vesicle::signals::{Termination, install_fatal_handlers};
-use vesicle::{kvm, log};
 
 /// Exit statuses (SPEC.md, "Exit status").
 const FAILURE: i32 = 1;
@@ -54,7 +55,6 @@ fn run() -> std::ffi::c_int {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // Before any thread: they inherit the signal mask.
     install_fatal_handlers(restore_terminal);
-    kvm::install_kick_handler();
     std::panic::set_hook(Box::new(|panic| {
         restore_terminal();
         METRICS.vmm.panic_count.inc();
@@ -92,11 +92,7 @@ fn configure(vmm: &mut Vmm, options: &Options) {
         Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
     }));
     if let Some(path) = &options.config_file {
-        let json = std::fs::read(path)
-            .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?} cannot be read: {error}")));
-        let file = config_commands(&json)
-            .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?}: {error}")));
-        commands.extend(file);
+        commands.extend(config_file(path));
         commands.push(Command::Start);
     }
     for command in commands {
@@ -104,6 +100,14 @@ fn configure(vmm: &mut Vmm, options: &Options) {
             fail(BAD_CONFIGURATION, refusal);
         }
     }
+}
+
+/// Cold, since inlined it would take two pages of stack and four of code from every start.
+#[cold]
+fn config_file(path: &Path) -> Vec<Command> {
+    let json = std::fs::read(path)
+        .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?} cannot be read: {error}")));
+    config_commands(&json).unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?}: {error}")))
 }
 
 fn serve(

@@ -82,9 +82,11 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
     let file = fs::File::from(OwnedFd::from(socket));
     file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(system("restrict"))?;
     let socket = Socket::from(OwnedFd::from(file));
-    // Left behind by a process of the same id that died here.
-    let _ = fs::remove_file(&temporary);
-    socket.bind(&address).map_err(system("bind"))?;
+    if socket.bind(&address).is_err() {
+        // Left behind by a process of the same id that died here.
+        let _ = fs::remove_file(&temporary);
+        socket.bind(&address).map_err(system("bind"))?;
+    }
     let publish = || {
         socket.listen(BACKLOG)?;
         let metadata = fs::symlink_metadata(&temporary)?;

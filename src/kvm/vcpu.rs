@@ -296,7 +296,7 @@ fn kick_signal() -> c_int {
 }
 
 /// Gives the kick signal a handler that does nothing, so that it interrupts KVM_RUN and nothing
-/// else. Once per process, before the first vCPU.
+/// else. Before the first vCPU runs.
 pub fn install_kick_handler() {
     extern "C" fn nothing(_: c_int) {}
     // SAFETY: all-zero is a valid `sigaction`; the handler touches nothing.

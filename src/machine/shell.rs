@@ -52,7 +52,7 @@ pub struct Layout {
 
 /// See the module.
 pub struct Shell {
-    /// vCPU descriptors: their threads start with [`Shell::start_vcpus`].
+    /// vCPU descriptors; their threads start with the machine.
     pub vcpu_fds: Vec<kvm_ioctls::VcpuFd>,
     /// Everything outside RAM.
     pub bus: Arc<Bus>,
@@ -93,6 +93,7 @@ impl Shell {
                 Ok(fd)
             })
             .collect::<Result<_, kvm::Error>>()?;
+        kvm::install_kick_handler();
         let bus = wire(&vm, &ram, &windows, devices, boot_timer)?;
         Ok(Self { vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
     }
