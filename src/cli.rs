@@ -34,6 +34,8 @@ pub struct Options {
     pub id: String,
     /// Configure and start the microVM from this file.
     pub config_file: Option<PathBuf>,
+    /// Descriptors passed in that the configuration may name.
+    pub passed_fds: Vec<RawFd>,
     /// The log, as PUT /logger would set it.
     pub logger: LoggerConfig,
     /// The metrics file.
@@ -56,6 +58,7 @@ impl Default for Options {
             api_sock: Some(ApiSocket::Path(DEFAULT_API_SOCK.into())),
             id: DEFAULT_ID.into(),
             config_file: None,
+            passed_fds: Vec::new(),
             logger: LoggerConfig::default(),
             metrics_path: None,
             boot_timer: false,
@@ -121,6 +124,7 @@ const FLAGS: &[Flag] = &[
     Flag("id", "ID", "name of the instance: 1 to 64 letters, digits and hyphens [default: anonymous-instance]"),
     Flag("config-file", "PATH", "configure the microVM from a JSON file, as GET /vm/config shows it, and start it"),
     Flag("no-api", "", "serve no API; needs --config-file"),
+    Flag("pass-fd", "N", "descriptor N was passed in; a configuration may name it fd:N; may be repeated"),
     Flag("log-path", "PATH", "log to a file or FIFO instead of standard error"),
     Flag("level", "LEVEL", "Off, Error, Warning, Info, Debug or Trace [default: Info]"),
     Flag("module", "PREFIX", "log only records of modules whose path starts so"),
@@ -139,14 +143,13 @@ const FLAGS: &[Flag] = &[
 ];
 
 /// Flags of later releases.
-const UNAVAILABLE: [&str; 10] = [
+const UNAVAILABLE: &[&str] = &[
     "metadata",
     "mmds-size-limit",
     "seccomp-filter",
     "snapshot-version",
     "describe-snapshot",
     "prepare",
-    "pass-fd",
     "kvm-fd",
     "allow-path",
     "landlock-abi",
@@ -187,7 +190,7 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
             let unavailable = UNAVAILABLE.contains(&name.as_str());
             return Err(if unavailable { CliError::Unavailable(name) } else { CliError::Unknown(format!("--{name}")) });
         };
-        if std::mem::replace(&mut seen[index], true) {
+        if std::mem::replace(&mut seen[index], true) && name != "pass-fd" {
             return Err(CliError::Twice(name));
         }
         match FLAGS[index] {
@@ -248,6 +251,7 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         "api-sock" => options.api_sock = Some(api_socket(&value)?),
         "id" => options.id = instance_id(value)?,
         "config-file" => options.config_file = Some(value.into()),
+        "pass-fd" => options.passed_fds.push(passed_fd(&value, &options.passed_fds)?),
         "log-path" => options.logger.log_path = Some(value.into()),
         "level" => options.logger.level = Some(level(&value)?),
         "module" => options.logger.module = Some(value),
@@ -272,6 +276,13 @@ fn api_socket(value: &str) -> Result<ApiSocket, CliError> {
             _ => Err(bad("api-sock", value, "after fd: there must be the number of a descriptor")),
         },
     }
+}
+
+/// The number of a descriptor beyond the standard streams, named once.
+fn passed_fd(value: &str, others: &[RawFd]) -> Result<RawFd, CliError> {
+    let number = value.parse().ok().filter(|fd| *fd > 2);
+    let number = number.ok_or_else(|| bad("pass-fd", value, "must be the number of a descriptor above 2"))?;
+    if others.contains(&number) { Err(bad("pass-fd", value, "is given twice")) } else { Ok(number) }
 }
 
 fn instance_id(value: String) -> Result<String, CliError> {
@@ -324,6 +335,7 @@ mod tests {
             api_sock: Some(ApiSocket::Path("/tmp/a".into())),
             id: "vm-1".into(),
             config_file: None,
+            passed_fds: Vec::new(),
             logger,
             metrics_path: Some("m".into()),
             boot_timer: true,
@@ -335,6 +347,7 @@ mod tests {
         assert_eq!(options(line), expected);
         assert_eq!(options("--api-sock fd:5").api_sock, Some(ApiSocket::Descriptor(5)));
         assert_eq!(options("--config-file c --no-api").api_sock, None);
+        assert_eq!(options("--pass-fd 3 --pass-fd=7").passed_fds, [3, 7]);
     }
 
     #[test]
@@ -351,6 +364,9 @@ mod tests {
             ("--level loud", "--level \"loud\": must be Off, Error, Warning, Info, Debug or Trace"),
             ("--api-sock fd:x", "--api-sock \"fd:x\": after fd: there must be the number of a descriptor"),
             ("--api-sock fd:-1", "--api-sock \"fd:-1\": after fd: there must be the number of a descriptor"),
+            ("--pass-fd x", "--pass-fd \"x\": must be the number of a descriptor above 2"),
+            ("--pass-fd 2", "--pass-fd \"2\": must be the number of a descriptor above 2"),
+            ("--pass-fd 3 --pass-fd 3", "--pass-fd \"3\": is given twice"),
             ("--start-time-us -1", "--start-time-us \"-1\": must be a number of microseconds"),
             ("--http-api-max-payload-size 1k", "--http-api-max-payload-size \"1k\": must be a number of bytes"),
         ] {

@@ -2,7 +2,11 @@
 //!
 //! Paths are data here; the vmm thread opens them when it accepts the configuration.
 
+mod net;
+
 use std::path::PathBuf;
+
+pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 
 /// A configuration that cannot be: one sentence that names the field and says what is legal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -64,8 +68,25 @@ pub enum ConfigError {
         root: String,
     },
     /// Every device needs an interrupt line.
-    #[error("drive `{0}` is one device too many; a microVM has at most {MAX_VIRTIO_DEVICES}")]
+    #[error("`{0}` is one device too many; a microVM has at most {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(String),
+    /// Neither a name that an interface can have nor a descriptor.
+    #[error("host_dev_name `{0}` is neither the name of a TAP, 1 to {MAX_INTERFACE_NAME} characters, nor fd:N")]
+    HostDevName(String),
+    /// Not an Ethernet address.
+    #[error("guest_mac `{0}` is not an Ethernet address; write it like 06:00:ac:10:00:02")]
+    GuestMac(String),
+    /// Two interfaces with one address would confuse every network.
+    #[error("guest_mac {mac} is in use by interface `{other}`; choose another address")]
+    DuplicateMac {
+        /// The address.
+        mac: MacAddress,
+        /// Who has it.
+        other: String,
+    },
+    /// Below [`MIN_MTU`].
+    #[error("mtu is {0}; it must be {MIN_MTU} to 65535")]
+    Mtu(u16),
     /// A PATCH that changes nothing is a mistake.
     #[error("nothing to change: {0}")]
     EmptyUpdate(&'static str),
@@ -402,6 +423,8 @@ pub struct VmConfig {
     pub boot_source: Option<BootSource>,
     /// The root drive is first, the others in the order they were configured.
     pub drives: Vec<DriveConfig>,
+    /// In the order they were configured; their devices follow the drives'.
+    pub network_interfaces: Vec<NetConfig>,
     /// Serial port.
     pub serial: Option<SerialConfig>,
     /// Log.
@@ -411,6 +434,32 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// How many virtio devices are configured.
+    fn virtio_devices(&self) -> usize {
+        self.drives.len() + self.network_interfaces.len()
+    }
+
+    /// Adds an interface, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// An address that another one has, or more devices than interrupt lines; nothing changed then.
+    pub fn set_network_interface(&mut self, interface: NetConfig) -> Result<(), ConfigError> {
+        let mut others = self.network_interfaces.iter().filter(|other| other.iface_id != interface.iface_id);
+        if let Some(mac) = interface.guest_mac
+            && let Some(other) = others.find(|other| other.guest_mac == Some(mac))
+        {
+            return Err(ConfigError::DuplicateMac { mac, other: other.iface_id.clone() });
+        }
+        match self.network_interfaces.iter().position(|other| other.iface_id == interface.iface_id) {
+            Some(index) => self.network_interfaces[index] = interface,
+            None if self.virtio_devices() >= MAX_VIRTIO_DEVICES => {
+                return Err(ConfigError::TooManyDevices(interface.iface_id));
+            }
+            None => self.network_interfaces.push(interface),
+        }
+        Ok(())
+    }
+
     /// Adds a drive, or replaces the one of the same id. The root drive moves to the front: it is vda.
     ///
     /// # Errors
@@ -421,7 +470,7 @@ impl VmConfig {
             return Err(ConfigError::SecondRoot { id: drive.drive_id, root: root.drive_id.clone() });
         }
         match self.drives.iter().position(|other| other.drive_id == drive.drive_id) {
-            None if self.drives.len() == MAX_VIRTIO_DEVICES => {
+            None if self.virtio_devices() >= MAX_VIRTIO_DEVICES => {
                 return Err(ConfigError::TooManyDevices(drive.drive_id));
             }
             Some(index) if !drive.is_root_device => self.drives[index] = drive,

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
     BootSource, ConfigError, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig, MetricsConfig,
-    SerialConfig, VmConfig,
+    NetConfig, NetUpdate, SerialConfig, VmConfig,
 };
 
 /// Where the microVM is in its life.
@@ -46,6 +46,10 @@ pub enum Command {
     SetDrive(DriveConfig),
     /// Change a drive of a running microVM.
     UpdateDrive(DriveUpdate),
+    /// Add or replace a network interface.
+    SetNetworkInterface(Box<NetConfig>),
+    /// Change a network interface of a running microVM.
+    UpdateNetworkInterface(NetUpdate),
     /// Replace the serial configuration.
     SetSerial(SerialConfig),
     /// Configure the log.
@@ -77,6 +81,7 @@ impl Command {
             | Self::SetMachine(_)
             | Self::PatchMachine(_)
             | Self::SetDrive(_)
+            | Self::SetNetworkInterface(_)
             | Self::SetSerial(_)
             | Self::SetLogger(_)
             | Self::SetMetrics(_)
@@ -85,7 +90,12 @@ impl Command {
             {
                 Err(Refusal("The requested operation is not supported after starting the microVM.".into()))
             }
-            Self::UpdateDrive(_) | Self::FlushMetrics | Self::SendCtrlAltDel | Self::Pause | Self::Resume
+            Self::UpdateDrive(_)
+            | Self::UpdateNetworkInterface(_)
+            | Self::FlushMetrics
+            | Self::SendCtrlAltDel
+            | Self::Pause
+            | Self::Resume
                 if configuring =>
             {
                 Err(Refusal("The requested operation is not supported before starting the microVM.".into()))
@@ -245,6 +255,11 @@ mod tests {
 
     fn commands() -> Vec<(Command, &'static str)> {
         let drive_update = DriveUpdate { drive_id: "d".into(), path_on_host: None, rate_limiter: None };
+        let interface_update = NetUpdate {
+            iface_id: "i".into(),
+            rx_rate_limiter: Default::default(),
+            tx_rate_limiter: Default::default(),
+        };
         vec![
             (Command::GetInstance, "BA"),
             (Command::GetConfig, "BA"),
@@ -255,6 +270,7 @@ mod tests {
             (Command::SetMetrics(MetricsConfig::default()), "B"),
             (Command::Start, "B"),
             (Command::UpdateDrive(drive_update), "A"),
+            (Command::UpdateNetworkInterface(interface_update), "A"),
             (Command::FlushMetrics, "A"),
             (Command::SendCtrlAltDel, "A"),
             (Command::Pause, "A"),

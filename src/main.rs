@@ -3,6 +3,7 @@
 #![no_main]
 
 use std::fmt::Display;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::exit;
@@ -49,6 +50,8 @@ fn run() -> std::ffi::c_int {
         }
         Err(error) => fail(BAD_ARGUMENTS, error),
     };
+    // Before anything is opened here: a number that nobody passed in must not come to mean something of ours.
+    let passed: Vec<OwnedFd> = options.passed_fds.iter().map(|fd| take_over(*fd)).collect();
     // One heap for all threads: each further one would cost address space, page faults and memory,
     // and no thread here allocates where it is in a hurry.
     // SAFETY: called before there are threads; it changes no memory that is in use.
@@ -62,6 +65,7 @@ fn run() -> std::ffi::c_int {
     }));
     log::init(&options.id);
     let (mut vmm, sender, events) = prepare(&options).unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
+    vmm.declare(passed);
     configure(&mut vmm, &options);
     let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events));
     let Ending { status, .. } = vmm.run();
@@ -72,6 +76,16 @@ fn run() -> std::ffi::c_int {
         drop(socket_file);
     }
     exit(status.into())
+}
+
+/// Owns a descriptor that was passed in.
+fn take_over(fd: RawFd) -> OwnedFd {
+    // SAFETY: F_GETFD only asks whether there is such a descriptor.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        fail(BAD_ARGUMENTS, format!("--pass-fd {fd}: there is no such descriptor"));
+    }
+    // SAFETY: it is open, was there before this process opened anything, and is named once.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 type Prepared = (Vmm, CommandSender, broadcast::Receiver<Event>);

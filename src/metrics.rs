@@ -105,6 +105,13 @@ struct Field {
     kind: (&'static str, &'static str),
 }
 
+/// A group of metrics, as it is shown.
+trait Group: Default {
+    const FIELDS: &[Field];
+    fn totals(&self) -> Vec<u64>;
+    fn take(&self) -> Vec<u64>;
+}
+
 /// Declares groups of metrics; what the visitors below need comes from the declaration.
 macro_rules! groups {
     ($($(#[doc = $about:literal])+ $group:ident { $($(#[doc = $help:literal])+ $field:ident: $kind:ident,)+ })+) => { $(
@@ -113,16 +120,18 @@ macro_rules! groups {
         pub struct $group { $($(#[doc = $help])+ pub $field: $kind,)+ }
 
         impl $group {
+            /// All metrics at zero.
+            pub const fn new() -> Self {
+                Self { $($field: $kind::new(),)+ }
+            }
+        }
+
+        impl Group for $group {
             const FIELDS: &[Field] = &[$(Field {
                 name: stringify!($field),
                 help: concat!($($help),+),
                 kind: <$kind as Metric>::KIND,
             }),+];
-
-            /// All metrics at zero.
-            pub const fn new() -> Self {
-                Self { $($field: $kind::new(),)+ }
-            }
 
             fn totals(&self) -> Vec<u64> {
                 vec![$(self.$field.total()),+]
@@ -180,6 +189,10 @@ groups! {
         metrics_count: Counter,
         /// Metrics configurations refused.
         metrics_fails: Counter,
+        /// Network interfaces.
+        network_count: Counter,
+        /// Network interfaces refused.
+        network_fails: Counter,
         /// Serial configurations.
         serial_count: Counter,
         /// Serial configurations refused.
@@ -195,6 +208,10 @@ groups! {
         machine_cfg_count: Counter,
         /// Changes to the machine configuration refused.
         machine_cfg_fails: Counter,
+        /// Changes to network interfaces.
+        network_count: Counter,
+        /// Changes to network interfaces refused.
+        network_fails: Counter,
         /// Pauses and resumes.
         vm_count: Counter,
         /// Pauses and resumes refused.
@@ -284,12 +301,45 @@ groups! {
         /// Times the drive's file was replaced.
         update_count: Counter,
     }
+    /// One network interface.
+    Net {
+        /// Frames the guest received.
+        rx_packets_count: Counter,
+        /// Bytes of them.
+        rx_bytes_count: Counter,
+        /// Frames for the guest dropped because its buffers can never hold them.
+        rx_fails: Counter,
+        /// Times a frame for the guest had to wait for buffers.
+        no_rx_avail_buffer: Counter,
+        /// Times the rate limiter stopped receiving.
+        rx_rate_limiter_throttled: Counter,
+        /// Wakes by the TAP.
+        rx_tap_event_count: Counter,
+        /// Reads of the TAP that failed.
+        tap_read_fails: Counter,
+        /// Frames the guest sent.
+        tx_packets_count: Counter,
+        /// Bytes of them.
+        tx_bytes_count: Counter,
+        /// Frames of the guest dropped: malformed, or refused by the TAP.
+        tx_fails: Counter,
+        /// Frames of the guest dropped because no frame has such a length.
+        tx_malformed_frames: Counter,
+        /// Writes to the TAP that failed.
+        tap_write_fails: Counter,
+        /// Times the rate limiter stopped sending.
+        tx_rate_limiter_throttled: Counter,
+        /// Wakes by the guest's notification.
+        queue_event_count: Counter,
+        /// Times the guest broke the protocol and the device asked for a reset.
+        needs_reset: Counter,
+    }
 }
 
 /// Declares [`Metrics`]: the groups there is one of.
 macro_rules! metrics {
     ($($name:ident: $group:ident,)+) => {
-        /// Every metric but those of drives.
+        /// Every metric but those of drives and network interfaces.
         #[derive(Debug)]
         #[expect(missing_docs, reason = "the types say it")]
         pub struct Metrics { $(pub $name: $group,)+ }
@@ -330,48 +380,90 @@ enum Read {
     Take,
 }
 
-/// The drives' metrics, in the order the drives appeared.
-static DRIVES: Mutex<Vec<(String, Arc<Block>)>> = Mutex::new(Vec::new());
-
-fn drives() -> MutexGuard<'static, Vec<(String, Arc<Block>)>> {
-    // A list of counters is whole whatever happened to the thread that held it.
-    DRIVES.lock().unwrap_or_else(PoisonError::into_inner)
+/// The metrics of all devices of a kind, in the order the devices appeared.
+struct PerDevice<G> {
+    /// Group in the JSON, of all devices; with an underscore and the id, of one.
+    group: &'static str,
+    /// What OpenMetrics calls the id.
+    label: &'static str,
+    devices: Mutex<Vec<(String, Arc<G>)>>,
 }
+
+static DRIVES: PerDevice<Block> = PerDevice::new("block", "drive_id");
+static INTERFACES: PerDevice<Net> = PerDevice::new("net", "iface_id");
 
 /// The metrics of drive `id`; the same ones if it has them already.
 pub fn register_block(id: &str) -> Arc<Block> {
-    let mut drives = drives();
-    if let Some((_, block)) = drives.iter().find(|(known, _)| known == id) {
-        return Arc::clone(block);
+    DRIVES.register(id)
+}
+
+/// The metrics of interface `id`; the same ones if it has them already.
+pub fn register_net(id: &str) -> Arc<Net> {
+    INTERFACES.register(id)
+}
+
+impl<G: Group> PerDevice<G> {
+    const fn new(group: &'static str, label: &'static str) -> Self {
+        Self { group, label, devices: Mutex::new(Vec::new()) }
     }
-    let block = Arc::new(Block::new());
-    drives.push((id.to_owned(), Arc::clone(&block)));
-    block
+
+    fn devices(&self) -> MutexGuard<'_, Vec<(String, Arc<G>)>> {
+        // A list of counters is whole whatever happened to the thread that held it.
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn register(&self, id: &str) -> Arc<G> {
+        let mut devices = self.devices();
+        if let Some((_, metrics)) = devices.iter().find(|(known, _)| known == id) {
+            return Arc::clone(metrics);
+        }
+        let metrics = Arc::new(G::default());
+        devices.push((id.to_owned(), Arc::clone(&metrics)));
+        metrics
+    }
+
+    fn openmetrics(&self, text: &mut String) {
+        let (group, label) = (self.group, self.label);
+        let devices: Vec<_> = self.devices().iter().map(|(id, metrics)| (id.clone(), metrics.totals())).collect();
+        for (index, field) in G::FIELDS.iter().enumerate() {
+            family(text, group, field);
+            for (id, totals) in &devices {
+                let (name, suffix, total) = (field.name, field.kind.1, totals[index]);
+                let _ = writeln!(text, "vesicle_{group}_{name}{suffix}{{{label}=\"{id}\"}} {total}");
+            }
+        }
+    }
+
+    /// A group for each device, and one for all of them together.
+    fn json(&self, line: &mut String) {
+        let mut sums = vec![0; G::FIELDS.len()];
+        for (id, metrics) in self.devices().iter() {
+            let values = metrics.take();
+            json_group(line, &format!("{}_{id}", self.group), G::FIELDS, &values);
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        json_group(line, self.group, G::FIELDS, &sums);
+    }
+}
+
+/// The heading of a metric. Writing to a string cannot fail.
+fn family(text: &mut String, group: &str, field: &Field) {
+    let (kind, _) = field.kind;
+    let (name, help) = (field.name, field.help.trim_start());
+    let _ = writeln!(text, "# TYPE vesicle_{group}_{name} {kind}\n# HELP vesicle_{group}_{name} {help}");
 }
 
 /// Every metric in the OpenMetrics text format 1.0: totals since the process started.
 pub fn openmetrics() -> String {
     let mut text = String::with_capacity(12 << 10);
-    // Writing to a string cannot fail.
-    let family = |text: &mut String, group: &str, field: &Field| {
-        let (kind, _) = field.kind;
-        let (name, help) = (field.name, field.help.trim_start());
-        let _ = writeln!(text, "# TYPE vesicle_{group}_{name} {kind}\n# HELP vesicle_{group}_{name} {help}");
-    };
     METRICS.visit(Read::Total, |group, fields, totals| {
         for (field, total) in fields.iter().zip(totals) {
             family(&mut text, group, field);
             let _ = writeln!(text, "vesicle_{group}_{}{} {total}", field.name, field.kind.1);
         }
     });
-    let drives: Vec<_> = drives().iter().map(|(id, block)| (id.clone(), block.totals())).collect();
-    for (index, field) in Block::FIELDS.iter().enumerate() {
-        family(&mut text, "block", field);
-        for (id, totals) in &drives {
-            let (name, suffix, total) = (field.name, field.kind.1, totals[index]);
-            let _ = writeln!(text, "vesicle_block_{name}{suffix}{{drive_id=\"{id}\"}} {total}");
-        }
-    }
+    DRIVES.openmetrics(&mut text);
+    INTERFACES.openmetrics(&mut text);
     text.push_str("# EOF\n");
     text
 }
@@ -446,21 +538,16 @@ fn json_string(text: &str) -> String {
 fn json_line(prefix: &str) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let mut line = format!("{{\"utc_timestamp_ms\":{now}{prefix}");
-    METRICS.visit(Read::Take, |group, fields, values| json_group(&mut line, group, "", fields, &values));
-    let mut sums = vec![0; Block::FIELDS.len()];
-    for (id, block) in drives().iter() {
-        let values = block.take();
-        json_group(&mut line, "block_", id, Block::FIELDS, &values);
-        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-    }
-    json_group(&mut line, "block", "", Block::FIELDS, &sums);
+    METRICS.visit(Read::Take, |group, fields, values| json_group(&mut line, group, fields, &values));
+    DRIVES.json(&mut line);
+    INTERFACES.json(&mut line);
     line.push_str("}\n");
     line
 }
 
-fn json_group(line: &mut String, group: &str, id: &str, fields: &[Field], values: &[u64]) {
+fn json_group(line: &mut String, group: &str, fields: &[Field], values: &[u64]) {
     // Writing to a string cannot fail.
-    let _ = write!(line, ",\"{group}{id}\":{{");
+    let _ = write!(line, ",\"{group}\":{{");
     for (index, (field, value)) in fields.iter().zip(values).enumerate() {
         let comma = if index == 0 { "" } else { "," };
         let _ = write!(line, "{comma}\"{}\":{value}", field.name);

@@ -200,6 +200,48 @@ impl TryFrom<types::PartialDrive> for config::DriveUpdate {
     }
 }
 
+impl TryFrom<types::NetworkInterface> for config::NetConfig {
+    type Error = ConfigError;
+
+    fn try_from(body: types::NetworkInterface) -> Result<Self, ConfigError> {
+        Self {
+            iface_id: body.iface_id,
+            host_device: body.host_dev_name.parse()?,
+            guest_mac: body.guest_mac.map(|mac| mac.parse()).transpose()?,
+            mtu: body.mtu,
+            rx_rate_limiter: body.rx_rate_limiter.unwrap_or_default().into(),
+            tx_rate_limiter: body.tx_rate_limiter.unwrap_or_default().into(),
+        }
+        .checked()
+    }
+}
+
+impl From<&config::NetConfig> for types::NetworkInterface {
+    fn from(interface: &config::NetConfig) -> Self {
+        Self {
+            iface_id: interface.iface_id.clone(),
+            host_dev_name: interface.host_device.to_string(),
+            guest_mac: interface.guest_mac.map(|mac| mac.to_string()),
+            mtu: interface.mtu,
+            rx_rate_limiter: limiter(interface.rx_rate_limiter),
+            tx_rate_limiter: limiter(interface.tx_rate_limiter),
+        }
+    }
+}
+
+impl TryFrom<types::PartialNetworkInterface> for config::NetUpdate {
+    type Error = ConfigError;
+
+    fn try_from(body: types::PartialNetworkInterface) -> Result<Self, ConfigError> {
+        Self {
+            iface_id: body.iface_id,
+            rx_rate_limiter: body.rx_rate_limiter.unwrap_or_default().into(),
+            tx_rate_limiter: body.tx_rate_limiter.unwrap_or_default().into(),
+        }
+        .checked()
+    }
+}
+
 impl From<types::SerialDevice> for config::SerialConfig {
     fn from(body: types::SerialDevice) -> Self {
         Self { serial_out_path: body.serial_out_path, rate_limiter: body.rate_limiter.and_then(bucket) }
@@ -288,6 +330,7 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
             boot_source: config.boot_source.as_ref().map(Into::into),
             machine_config: Some((&config.machine).into()),
             drives: config.drives.iter().map(Into::into).collect(),
+            network_interfaces: config.network_interfaces.iter().map(Into::into).collect(),
             serial: config.serial.as_ref().map(Into::into),
             logger: config.logger.as_ref().map(Into::into),
             metrics: config.metrics.as_ref().map(Into::into),

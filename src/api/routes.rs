@@ -112,6 +112,9 @@ pub static ENDPOINTS: &[Endpoint] = &[
         patch_api_requests machine_cfg_count machine_cfg_fails),
     endpoint!(PUT "drives/{drive_id}" put_drive, put_api_requests drive_count drive_fails),
     endpoint!(PATCH "drives/{drive_id}" patch_drive, patch_api_requests drive_count drive_fails),
+    endpoint!(PUT "network-interfaces/{iface_id}" put_network_interface, put_api_requests network_count network_fails),
+    endpoint!(PATCH "network-interfaces/{iface_id}" patch_network_interface,
+        patch_api_requests network_count network_fails),
     endpoint!(PUT "serial" |_, body| ask(Command::SetSerial(parse::<types::SerialDevice>(body)?.into())),
         put_api_requests serial_count serial_fails),
     endpoint!(PUT "logger" |_, body| ask(Command::SetLogger(parse::<types::Logger>(body)?.into())),
@@ -122,10 +125,9 @@ pub static ENDPOINTS: &[Endpoint] = &[
 ];
 
 /// What published clients may ask for and this release does not do: first path segment, and why.
-const UNAVAILABLE: [(&str, &str); 9] = [
+const UNAVAILABLE: &[(&str, &str)] = &[
     ("cpu-config", NOT_YET),
     ("mmds", NOT_YET),
-    ("network-interfaces", NOT_YET),
     ("snapshot", NOT_YET),
     ("vsock", NOT_YET),
     ("balloon", OUT_OF_SCOPE),
@@ -253,22 +255,36 @@ fn patch_machine_config(body: &[u8]) -> Result<Action, Rejection> {
 fn put_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
     check_resource_id("drive_id", id)?;
     let body: types::Drive = parse(body)?;
-    check_same_id(id, &body.drive_id)?;
+    check_same_id("drive_id", id, &body.drive_id)?;
     ask(Command::SetDrive(body.try_into()?))
 }
 
 fn patch_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
     check_resource_id("drive_id", id)?;
     let body: types::PartialDrive = parse(body)?;
-    check_same_id(id, &body.drive_id)?;
+    check_same_id("drive_id", id, &body.drive_id)?;
     ask(Command::UpdateDrive(body.try_into()?))
 }
 
-fn check_same_id(path: &str, body: &str) -> Result<(), ConfigError> {
+fn put_network_interface(id: &str, body: &[u8]) -> Result<Action, Rejection> {
+    check_resource_id("iface_id", id)?;
+    let body: types::NetworkInterface = parse(body)?;
+    check_same_id("iface_id", id, &body.iface_id)?;
+    ask(Command::SetNetworkInterface(Box::new(body.try_into()?)))
+}
+
+fn patch_network_interface(id: &str, body: &[u8]) -> Result<Action, Rejection> {
+    check_resource_id("iface_id", id)?;
+    let body: types::PartialNetworkInterface = parse(body)?;
+    check_same_id("iface_id", id, &body.iface_id)?;
+    ask(Command::UpdateNetworkInterface(body.try_into()?))
+}
+
+fn check_same_id(field: &'static str, path: &str, body: &str) -> Result<(), ConfigError> {
     if path == body {
         return Ok(());
     }
-    Err(ConfigError::IdMismatch { field: "drive_id", path: path.to_owned(), body: body.to_owned() })
+    Err(ConfigError::IdMismatch { field, path: path.to_owned(), body: body.to_owned() })
 }
 
 /// The body of the answer to a GET; `None` for "done, nothing to say".
@@ -327,7 +343,6 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     let file: types::FullVmConfiguration = parse(json)?;
     for (present, reason) in [
         (file.cpu_config.present, "cpu-config is not available in this release; leave it out"),
-        (file.network_interfaces.present, "network-interfaces is not available in this release; leave it out"),
         (file.vsock.present, "vsock is not available in this release; leave it out"),
         (file.mmds_config.present, "mmds-config is not available in this release; leave it out"),
         (file.balloon.present, "balloon is outside the scope of this VMM; leave it out"),
@@ -350,6 +365,9 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     }
     for body in file.drives {
         commands.push(Command::SetDrive(body.try_into()?));
+    }
+    for body in file.network_interfaces {
+        commands.push(Command::SetNetworkInterface(Box::new(body.try_into()?)));
     }
     commands.extend(file.serial.map(|body| Command::SetSerial(body.into())));
     Ok(commands)

@@ -245,6 +245,37 @@ pub struct PartialDrive {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+/// PUT /network-interfaces/{iface_id}.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Resource id.
+    pub iface_id: String,
+    /// The name of a TAP, or `fd:N` for a descriptor that was passed in.
+    pub host_dev_name: String,
+    /// The guest's address.
+    pub guest_mac: Option<String>,
+    /// The largest packet, as the guest is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Limits of what the guest receives.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Limits of what the guest sends.
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// PATCH /network-interfaces/{iface_id}.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartialNetworkInterface {
+    /// Which interface.
+    pub iface_id: String,
+    /// New limits of what the guest receives; a bucket that is left out stays.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// New limits of what the guest sends; a bucket that is left out stays.
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
 /// Limits of a device.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -361,8 +392,8 @@ pub struct FullVmConfiguration {
     pub metrics: Option<Metrics>,
     /// Not in this release.
     pub cpu_config: Unavailable,
-    /// Not in this release.
-    pub network_interfaces: UnavailableList,
+    /// PUT /network-interfaces, each.
+    pub network_interfaces: Vec<NetworkInterface>,
     /// Not in this release.
     pub vsock: Unavailable,
     /// Not in this release.

@@ -53,6 +53,43 @@ fn a_drive_is_replaced_by_its_id_and_may_become_or_cease_to_be_the_root() {
     assert_eq!(config.drives[1].path_on_host, PathBuf::from("/other"));
 }
 
+fn interface(id: &str, mac: u8) -> NetConfig {
+    NetConfig {
+        iface_id: id.into(),
+        host_device: HostDevice::Named(id.into()),
+        guest_mac: Some(MacAddress([2, 0, 0, 0, 0, mac])),
+        mtu: None,
+        rx_rate_limiter: RateLimiterConfig::default(),
+        tx_rate_limiter: RateLimiterConfig::default(),
+    }
+}
+
+#[test]
+fn no_two_interfaces_have_one_address() {
+    let mut config = VmConfig::default();
+    config.set_network_interface(interface("a", 1)).unwrap();
+    config.set_network_interface(interface("b", 2)).unwrap();
+    let other = "a".to_owned();
+    let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+    assert_eq!(config.set_network_interface(interface("b", 1)), Err(ConfigError::DuplicateMac { mac, other }));
+    config.set_network_interface(interface("a", 1)).unwrap();
+    config.set_network_interface(NetConfig { guest_mac: None, ..interface("c", 0) }).unwrap();
+    config.set_network_interface(NetConfig { guest_mac: None, ..interface("d", 0) }).unwrap();
+    let ids: Vec<_> = config.network_interfaces.iter().map(|interface| interface.iface_id.as_str()).collect();
+    assert_eq!(ids, ["a", "b", "c", "d"]);
+}
+
+#[test]
+fn drives_and_interfaces_share_the_interrupt_lines() {
+    let mut config = VmConfig::default();
+    for n in 0..MAX_VIRTIO_DEVICES as u8 - 1 {
+        config.set_network_interface(interface(&format!("i{n}"), n)).unwrap();
+    }
+    config.set_drive(drive("d", false)).unwrap();
+    assert!(matches!(config.set_drive(drive("more", false)), Err(ConfigError::TooManyDevices(_))));
+    assert!(matches!(config.set_network_interface(interface("more", 99)), Err(ConfigError::TooManyDevices(_))));
+}
+
 #[test]
 fn there_are_as_many_drives_as_interrupt_lines() {
     let mut config = VmConfig::default();

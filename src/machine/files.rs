@@ -3,12 +3,14 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::Error;
 use crate::boot::kernel;
-use crate::config::{BootSource, DriveConfig};
+use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig};
+use crate::devices::virtio::net::Tap;
 
 /// The opened files of a configuration.
 #[derive(Debug, Default)]
@@ -20,6 +22,9 @@ pub struct Files {
     /// Destination of the serial port.
     pub serial: Option<File>,
     drives: HashMap<String, File>,
+    interfaces: HashMap<String, (HostDevice, Tap)>,
+    /// What the launcher passed in, under its own number.
+    passed: Vec<OwnedFd>,
 }
 
 impl Files {
@@ -43,6 +48,39 @@ impl Files {
     /// A descriptor of its own for the device of drive `id`: a start that fails can be tried again.
     pub fn drive(&self, id: &str) -> Option<std::io::Result<File>> {
         self.drives.get(id).map(File::try_clone)
+    }
+
+    /// Descriptors that a configuration may name.
+    pub fn declare(&mut self, passed: Vec<OwnedFd>) {
+        self.passed = passed;
+    }
+
+    /// Opens the TAP of an interface. One that it has already is kept: a TAP opens once.
+    pub fn set_interface(&mut self, interface: &NetConfig) -> Result<(), Error> {
+        let id = &interface.iface_id;
+        if self.interfaces.get(id).is_some_and(|(device, _)| *device == interface.host_device) {
+            return Ok(());
+        }
+        let fail = |source| Error::Tap { id: id.clone(), device: interface.host_device.to_string(), source };
+        let tap = match &interface.host_device {
+            HostDevice::Named(name) => Tap::open(name).map_err(fail)?,
+            HostDevice::Passed(fd) => {
+                let user = self.interfaces.iter().find(|(_, (device, _))| *device == interface.host_device);
+                if let Some((other, _)) = user {
+                    return Err(Error::DescriptorInUse { id: id.clone(), fd: *fd, other: other.clone() });
+                }
+                let passed = self.passed.iter().find(|passed| passed.as_raw_fd() == *fd);
+                let passed = passed.ok_or_else(|| Error::Undeclared { id: id.clone(), fd: *fd })?;
+                Tap::adopt(passed.as_fd()).map_err(fail)?
+            }
+        };
+        self.interfaces.insert(id.clone(), (interface.host_device.clone(), tap));
+        Ok(())
+    }
+
+    /// A descriptor of its own for the device of interface `id`.
+    pub fn tap(&self, id: &str) -> Option<std::io::Result<Tap>> {
+        self.interfaces.get(id).map(|(_, tap)| tap.try_clone())
     }
 
     /// Opens where the serial port writes to: a file, made if missing, or a FIFO with a reader.

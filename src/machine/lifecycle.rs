@@ -4,9 +4,8 @@
 //! answered when the pause is complete.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,21 +14,21 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
-use super::files::{self, Files};
+use super::files::Files;
 use super::shell::{Layout, Shell};
-use super::{Error, chain, fill};
-use crate::config::{DriveUpdate, MetricsConfig, VmConfig};
+use super::{Error, chain, devices, fill};
+use crate::config::{MetricsConfig, VmConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::{Block, ConfigChange, Device, Windows};
+use crate::devices::virtio::Windows;
 use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
+use crate::log;
 use crate::memory::GuestRam;
 use crate::metrics::{JsonLines, METRICS};
 use crate::signals::Termination;
-use crate::{log, metrics};
 
 /// How the process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,6 +119,11 @@ impl Vmm {
         })
     }
 
+    /// Descriptors that a configuration may name, with the numbers the launcher knows them by.
+    pub fn declare(&mut self, passed: Vec<OwnedFd>) {
+        self.files.declare(passed);
+    }
+
     /// Serves commands and devices until the microVM ends.
     pub fn run(&mut self) -> Ending {
         loop {
@@ -181,7 +185,20 @@ impl Vmm {
                 self.files.set_drive(&drive).map_err(refuse)?;
                 self.config = config;
             }
-            Command::UpdateDrive(update) => self.update_drive(&update)?,
+            Command::UpdateDrive(update) => {
+                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
+                devices::update_drive(&mut self.config, bus, &update)?;
+            }
+            Command::SetNetworkInterface(interface) => {
+                let mut config = self.config.clone();
+                config.set_network_interface((*interface).clone())?;
+                self.files.set_interface(&interface).map_err(refuse)?;
+                self.config = config;
+            }
+            Command::UpdateNetworkInterface(update) => {
+                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
+                devices::update_interface(&mut self.config, bus, &update)?;
+            }
             Command::SetSerial(serial) => {
                 self.files.set_serial(serial.serial_out_path.as_deref()).map_err(refuse)?;
                 self.config.serial = Some(serial);
@@ -252,7 +269,7 @@ impl Vmm {
             ram_bytes: config.mem_size_mib << 20,
             huge_pages: config.huge_pages,
         };
-        let shell = Shell::new(layout, || self.devices(), self.boot_timer.clone())?;
+        let shell = Shell::new(layout, || devices::build(&self.config, &self.files), self.boot_timer.clone())?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
         let serial = self.config.serial.clone().unwrap_or_default();
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
@@ -266,21 +283,6 @@ impl Vmm {
         Ok(Machine { vcpus, vcpu_event, bus, console, _vm: vm, _ram: ram, _windows: windows })
     }
 
-    fn devices(&self) -> Result<Vec<Device>, Error> {
-        self.config
-            .drives
-            .iter()
-            .map(|drive| {
-                let fail = |source| Error::Open { what: "path_on_host", path: drive.path_on_host.clone(), source };
-                let file =
-                    self.files.drive(&drive.drive_id).unwrap_or(Err(io::ErrorKind::NotFound.into())).map_err(fail)?;
-                let block = Block::new(drive, file, metrics::register_block(&drive.drive_id))
-                    .map_err(|source| Error::Drive { id: drive.drive_id.clone(), source })?;
-                Ok(Device::Block(block))
-            })
-            .collect()
-    }
-
     fn watch_machine(&self, machine: &Machine) -> Result<(), Error> {
         let mut fds = vec![
             (machine.vcpu_event.as_raw_fd(), Token::Vcpu),
@@ -292,29 +294,6 @@ impl Vmm {
         }
         for (fd, token) in fds {
             self.events.add(fd, When::BecameReadable, token).map_err(watch)?;
-        }
-        Ok(())
-    }
-
-    fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), Refusal> {
-        let unknown = || Refusal(format!("drive_id {:?} names no drive: see GET /vm/config", update.drive_id));
-        let index = self.config.drives.iter().position(|d| d.drive_id == update.drive_id).ok_or_else(unknown)?;
-        let device = self.machine.as_ref().and_then(|m| m.bus.virtio.get(index)).ok_or_else(unknown)?;
-        let drive = &mut self.config.drives[index];
-        // What can fail comes first, so that a refused PATCH changes nothing.
-        if let Some(path) = &update.path_on_host {
-            let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
-            device
-                .update(|Device::Block(block)| block.update_backend(file).map(|()| ConfigChange::Changed))
-                .map_err(|source| refuse(Error::Drive { id: update.drive_id.clone(), source }))?;
-            drive.path_on_host.clone_from(path);
-        }
-        if let Some(limits) = &update.rate_limiter {
-            let Ok(()) = device.update(|Device::Block(block)| {
-                block.update_rate_limiter(limits);
-                Ok::<_, Infallible>(ConfigChange::Unchanged)
-            });
-            limits.apply(&mut drive.rate_limiter);
         }
         Ok(())
     }
@@ -440,7 +419,7 @@ impl Vmm {
     }
 }
 
-fn refuse(error: Error) -> Refusal {
+pub(super) fn refuse(error: Error) -> Refusal {
     Refusal(format!("{}.", chain(&error)))
 }
 

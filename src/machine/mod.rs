@@ -2,6 +2,7 @@
 //! [`lifecycle`] runs, pauses and ends it, on the vmm thread.
 
 mod console;
+mod devices;
 mod files;
 mod fill;
 pub mod lifecycle;
@@ -37,6 +38,38 @@ pub enum Error {
         /// What failed.
         #[source]
         source: crate::devices::virtio::block::Error,
+    },
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] crate::devices::virtio::net::Error),
+    /// A TAP.
+    #[error("interface {id:?}: host_dev_name {device:?} cannot be used")]
+    Tap {
+        /// The interface's id.
+        id: String,
+        /// As configured.
+        device: String,
+        /// What failed.
+        #[source]
+        source: crate::devices::virtio::net::TapError,
+    },
+    /// A descriptor that nobody declared.
+    #[error("interface {id:?}: descriptor {fd} was not passed in; start the process with --pass-fd {fd}")]
+    Undeclared {
+        /// The interface's id.
+        id: String,
+        /// The number.
+        fd: std::os::fd::RawFd,
+    },
+    /// A descriptor that another interface has.
+    #[error("interface {id:?}: descriptor {fd} is in use by interface {other:?}")]
+    DescriptorInUse {
+        /// The interface's id.
+        id: String,
+        /// The number.
+        fd: std::os::fd::RawFd,
+        /// Who has it.
+        other: String,
     },
     /// A file that the configuration names.
     #[error("cannot open {what} {path:?}")]

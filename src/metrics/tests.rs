@@ -120,6 +120,12 @@ fn every_metric_is_counted_somewhere() {
             }
         }
     });
-    idle.extend(Block::FIELDS.iter().map(|field| format!(".{}", field.name)).filter(|name| !text.contains(name)));
+    idle.extend(
+        Block::FIELDS
+            .iter()
+            .chain(Net::FIELDS)
+            .map(|field| format!(".{}", field.name))
+            .filter(|name| !text.contains(name)),
+    );
     assert!(idle.is_empty(), "{idle:?}");
 }

@@ -164,7 +164,6 @@ fn a_log_level_is_read_in_any_case() {
 #[test]
 fn what_this_release_does_not_do_is_said_plainly() {
     for (method, path, said) in [
-        (Method::PUT, "/network-interfaces/eth0", "PUT /network-interfaces/eth0 is not available in this release."),
         (Method::PUT, "/vsock", "PUT /vsock is not available in this release."),
         (Method::GET, "/mmds", "GET /mmds is not available in this release."),
         (Method::PUT, "/snapshot/load", "PUT /snapshot/load is not available in this release."),
@@ -203,6 +202,7 @@ fn configure(commands: Vec<Command>) -> VmConfig {
             Command::SetMachine(machine) => config.machine = machine,
             Command::SetBootSource(source) => config.boot_source = Some(source),
             Command::SetDrive(drive) => config.set_drive(drive).unwrap(),
+            Command::SetNetworkInterface(interface) => config.set_network_interface(*interface).unwrap(),
             Command::SetSerial(serial) => config.serial = Some(serial),
             Command::SetLogger(logger) => config.logger = Some(logger),
             Command::SetMetrics(metrics) => config.metrics = Some(metrics),
@@ -223,13 +223,22 @@ fn a_published_configuration_file_is_understood() {
             {"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}
         ],
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false},
-        "cpu-config": null, "balloon": null, "network-interfaces": [], "vsock": null, "logger": null,
+        "cpu-config": null, "balloon": null, "vsock": null, "logger": null,
+        "network-interfaces": [
+            {"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:AC:10:00:02", "mtu": null,
+             "rx_rate_limiter": null, "tx_rate_limiter": {"ops": {"size": 10, "refill_time": 1}}},
+            {"iface_id": "eth1", "host_dev_name": "fd:5", "mtu": 9000}
+        ],
         "metrics": null, "mmds-config": null, "entropy": null, "pmem": [], "memory-hotplug": null
     }"#;
     let config = configure(config_commands(file.as_bytes()).unwrap());
     assert_eq!(config.machine.vcpu_count, 2);
     assert_eq!(config.drives[0].drive_id, "rootfs");
     assert_eq!(config.drives[1].io_engine, IoEngine::Async);
+    let [eth0, eth1] = &config.network_interfaces[..] else { panic!() };
+    assert_eq!(eth0.guest_mac, Some(MacAddress([6, 0, 0xac, 0x10, 0, 2])));
+    assert_eq!(eth0.tx_rate_limiter.ops.unwrap().size, 10);
+    assert_eq!((&eth1.host_device, eth1.mtu), (&HostDevice::Passed(5), Some(9000)));
     assert_eq!(config.boot_source.unwrap().boot_args.as_deref(), Some("console=ttyS0"));
     assert!(config_commands(b"{}").unwrap().is_empty());
 }
@@ -237,7 +246,7 @@ fn a_published_configuration_file_is_understood() {
 #[test]
 fn a_configuration_file_with_what_is_not_there_is_refused() {
     for (file, named) in [
-        (r#"{"network-interfaces": [{}]}"#, "network-interfaces is not available"),
+        (r#"{"network-interfaces": [{}]}"#, "missing field `iface_id`"),
         (r#"{"vsock": {"guest_cid": 3}}"#, "vsock is not available"),
         (r#"{"cpu-config": "t.json"}"#, "cpu-config is not available"),
         (r#"{"mmds-config": {}}"#, "mmds-config is not available"),
@@ -308,10 +317,24 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn interface()(
+        iface_id in "[A-Za-z0-9_]{1,8}",
+        (name, fd, passed) in ("[a-z0-9._-]{1,15}", 0i32.., any::<bool>()),
+        guest_mac in proptest::option::of(any::<[u8; 6]>().prop_map(MacAddress)),
+        mtu in proptest::option::of(MIN_MTU..),
+        (rx_rate_limiter, tx_rate_limiter) in (limiter(), limiter()),
+    ) -> NetConfig {
+        let host_device = if passed { HostDevice::Passed(fd) } else { HostDevice::Named(name) };
+        NetConfig { iface_id, host_device, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter }
+    }
+}
+
+prop_compose! {
     fn vm_config()(
         (vcpu_count, mem_size_mib) in (1..=MAX_VCPUS, 1..=MAX_MEM_SIZE_MIB / 2),
         (track_dirty_pages, huge, emit_id, root) in any::<(bool, bool, bool, bool)>(),
         drives in proptest::collection::vec(drive(), 0..5),
+        interfaces in proptest::collection::vec(interface(), 0..4),
         kernel in "\\PC{1,12}",
         boot_args in proptest::option::of("[ -~]{0,40}"),
         initrd in proptest::option::of("\\PC{1,12}"),
@@ -343,6 +366,9 @@ prop_compose! {
         for (index, drive) in drives.into_iter().enumerate() {
             config.set_drive(DriveConfig { is_root_device: root && index == 0, ..drive }).unwrap();
         }
+        for interface in interfaces {
+            config.set_network_interface(interface).unwrap();
+        }
         config
     }
 }
@@ -364,6 +390,13 @@ fn json() -> impl Strategy<Value = serde_json::Value> {
         "mem_size_mib",
         "smt",
         "drive_id",
+        "iface_id",
+        "host_dev_name",
+        "guest_mac",
+        "mtu",
+        "rx_rate_limiter",
+        "tx_rate_limiter",
+        "network-interfaces",
         "is_root_device",
         "path_on_host",
         "rate_limiter",
@@ -403,7 +436,9 @@ fn method() -> impl Strategy<Value = Method> {
 
 fn path() -> impl Strategy<Value = String> {
     prop_oneof![
-        8 => (0..ENDPOINTS.len()).prop_map(|index| format!("/{}", ENDPOINTS[index].path.replace("{drive_id}", "a"))),
+        8 => (0..ENDPOINTS.len()).prop_map(|index| {
+            format!("/{}", ENDPOINTS[index].path.replace("{drive_id}", "a").replace("{iface_id}", "a"))
+        }),
         1 => "/(drives|vm|mmds|snapshot)?/?\\PC{0,8}",
         1 => "\\PC{0,8}",
     ]

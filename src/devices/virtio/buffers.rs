@@ -53,6 +53,23 @@ impl IoVecs {
         }
     }
 
+    /// Appends what is left of `other`.
+    pub fn append(&mut self, other: &IoVecs) {
+        self.vecs.drain(..self.first);
+        self.first = 0;
+        self.vecs.extend_from_slice(other.as_slice());
+        self.len += other.len;
+    }
+
+    /// Takes the last buffer away.
+    pub fn pop(&mut self) {
+        if self.first < self.vecs.len()
+            && let Some(vec) = self.vecs.pop()
+        {
+            self.len -= vec.iov_len as u64;
+        }
+    }
+
     /// Consumes up to `count` bytes.
     pub fn advance(&mut self, count: u64) {
         let mut count = count.min(self.len);
@@ -105,6 +122,28 @@ impl IoVecs {
         }
         self.advance(N as u64);
         Some(data)
+    }
+
+    /// Overwrites with `data` what is `offset` bytes from the front, and consumes nothing.
+    ///
+    /// # Safety
+    ///
+    /// The guest memory the buffers came from is alive.
+    pub unsafe fn write_at(&self, offset: u64, mut data: &[u8]) {
+        let mut skip = offset;
+        for vec in self.as_slice() {
+            if data.is_empty() {
+                break;
+            }
+            let start = skip.min(vec.iov_len as u64) as usize;
+            skip -= start as u64;
+            let step = data.len().min(vec.iov_len - start);
+            // SAFETY: an entry lies within guest RAM, alive by this function's contract; `start` and
+            // `step` stay within it.
+            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast::<u8>().wrapping_add(start), step) };
+            slice.copy_from(&data[..step]);
+            data = &data[step..];
+        }
     }
 
     /// Consumes up to as many bytes as `data` holds, overwriting them with it. Returns how many.

@@ -13,6 +13,7 @@
 pub mod block;
 mod buffers;
 mod mmio;
+pub mod net;
 mod queue;
 pub mod rate_limiter;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS;
 pub use block::Block;
 pub use buffers::{Buffers, IoVecs};
 pub use mmio::{ConfigChange, VirtioMmio};
+pub use net::Net;
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
 pub use window::{Window, Windows};
@@ -106,6 +108,8 @@ pub const KICK: u8 = 0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
+    /// Network interface.
+    Net = 1,
     /// Block device.
     Block = 2,
 }
@@ -113,6 +117,7 @@ pub enum Kind {
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Kind::Net => "net",
             Kind::Block => "block",
         })
     }
@@ -168,6 +173,9 @@ pub enum Violation {
     /// A request that has no room for its header or its status (§5.2.6).
     #[error("the request at head {0} lacks its header or its status byte")]
     Framing(u16),
+    /// What the device stands on refuses what was acknowledged.
+    #[error("the host refuses what the driver acknowledged")]
+    Backend,
 }
 
 /// What is left when an event was handled.
@@ -186,7 +194,7 @@ pub enum Progress {
 pub trait VirtioDevice {
     /// Device ID.
     fn kind(&self) -> Kind;
-    /// The feature bits 0 to 23 that the device offers (virtio 1.2 §2.2).
+    /// The feature bits that the device offers: 0 to 23 and from 50 on (virtio 1.2 §2.2).
     fn features(&self) -> u64;
     /// The largest size of each queue: powers of two.
     fn queue_sizes(&self) -> &'static [u16];
@@ -210,7 +218,9 @@ pub trait VirtioDevice {
 /// The closed set.
 pub enum Device {
     /// virtio-block.
-    Block(Block),
+    Block(Box<Block>),
+    /// virtio-net.
+    Net(Box<Net>),
 }
 
 /// One match per operation, so that a new kind cannot be forgotten anywhere.
@@ -218,6 +228,7 @@ macro_rules! each {
     ($self:expr, $device:ident => $call:expr) => {
         match $self {
             Device::Block($device) => $call,
+            Device::Net($device) => $call,
         }
     };
 }

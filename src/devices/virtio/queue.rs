@@ -161,8 +161,20 @@ impl Virtqueue {
         self.next_available -= 1;
     }
 
+    /// How many chains it can hold.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
     /// Gives the chain at `head` back with `written` bytes in its writable buffers.
     pub fn add_used(&mut self, head: u16, written: u32) {
+        self.put_used(head, written);
+        self.publish_used();
+    }
+
+    /// Puts the chain at `head` in the used ring, where the driver sees it once
+    /// [`Self::publish_used`] says so.
+    pub fn put_used(&mut self, head: u16, written: u32) {
         let slot = self.next_used.0 & (self.size - 1);
         let element = self.used.wrapping_add(2 + 4 * usize::from(slot)).cast::<AtomicU32>();
         // SAFETY: `slot` is less than the size of the ring, all of which lies in guest RAM and is
@@ -171,7 +183,11 @@ impl Virtqueue {
         id.store(u32::from(head).to_le(), Ordering::Relaxed);
         length.store(written.to_le(), Ordering::Relaxed);
         self.next_used += 1;
-        // The driver sees the element before the index that covers it.
+    }
+
+    /// Has the driver see what was put in the used ring.
+    pub fn publish_used(&mut self) {
+        // The driver sees the elements before the index that covers them.
         self.used(1).store(self.next_used.0.to_le(), Ordering::Release);
     }
 

@@ -29,11 +29,14 @@ pub const LOW_RAM: u64 = 8 << 20;
 pub const HIGH_RAM_START: u64 = 4 << 30;
 pub const HIGH_RAM: u64 = 1 << 20;
 
-/// Where the guest puts its queue, and where its buffers may start.
+/// Where the guest puts its first queue, how far the others are from it, and where its buffers may start.
 pub const DESCRIPTORS: u64 = 0x1000;
 pub const AVAILABLE: u64 = 0x3000;
 pub const USED: u64 = 0x4000;
+pub const NEXT_QUEUE: u64 = 0x4000;
 pub const BUFFERS: u64 = 0x1_0000;
+/// Most queues of a device.
+const QUEUES: usize = 3;
 
 /// A buffer of a chain.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +77,13 @@ pub struct Guest {
     pub interrupts: Arc<AtomicU32>,
     pub queue_size: u16,
     events: EventLoop,
+    queues: [Queue; QUEUES],
+    selected: Cell<usize>,
+}
+
+/// How far the guest is with a queue.
+#[derive(Default)]
+struct Queue {
     next_descriptor: Cell<u16>,
     next_available: Cell<u16>,
     next_used: Cell<u16>,
@@ -88,9 +98,23 @@ impl Guest {
         let window = Windows::new(1).get(0).unwrap();
         let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), line, window).unwrap());
         let events = EventLoop::new(&mmio.sources());
-        let cell = || Cell::new(0);
-        let (next_descriptor, next_available, next_used) = (cell(), cell(), cell());
-        Self { memory, mmio, interrupts, queue_size: 256, events, next_descriptor, next_available, next_used }
+        let queues = std::array::from_fn(|_| Queue::default());
+        Self { memory, mmio, interrupts, queue_size: 256, events, queues, selected: Cell::new(0) }
+    }
+
+    /// Means queue `index` from now on; the first one at the beginning.
+    pub fn select(&self, index: usize) -> &Self {
+        self.selected.set(index);
+        self
+    }
+
+    fn queue(&self) -> &Queue {
+        &self.queues[self.selected.get()]
+    }
+
+    /// Where `part` of the selected queue is.
+    fn of_queue(&self, part: u64) -> u64 {
+        part + NEXT_QUEUE * self.selected.get() as u64
     }
 
     /// A guest whose driver accepted everything and is ready.
@@ -142,11 +166,20 @@ impl Guest {
         self.set_status(3);
         self.accept(features);
         self.set_status(0xb);
-        self.set_up_queue(0, self.queue_size.into(), DESCRIPTORS, AVAILABLE, USED);
         self.put(DESCRIPTORS, &[0; (BUFFERS - DESCRIPTORS) as usize]);
-        self.next_descriptor.set(0);
-        self.next_available.set(0);
-        self.next_used.set(0);
+        for (index, queue) in self.queues.iter().enumerate() {
+            self.select(index);
+            self.write(reg::VIRTIO_MMIO_QUEUE_SEL, index as u32);
+            if self.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX) > 0 {
+                let [descriptors, available, used] = [DESCRIPTORS, AVAILABLE, USED].map(|part| self.of_queue(part));
+                self.set_up_queue(index as u32, self.queue_size.into(), descriptors, available, used);
+            }
+            queue.next_descriptor.set(0);
+            queue.next_available.set(0);
+            queue.next_used.set(0);
+        }
+        self.select(0);
+        self.write(reg::VIRTIO_MMIO_QUEUE_SEL, 0);
     }
 
     pub fn boot(&self, features: u64) {
@@ -180,43 +213,45 @@ impl Guest {
 
     /// Writes a descriptor of the queue.
     pub fn descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
-        self.descriptor_at(DESCRIPTORS, index, address, length, flags, next);
+        self.descriptor_at(self.of_queue(DESCRIPTORS), index, address, length, flags, next);
     }
 
     /// Links `buffers` into a chain and returns its head.
     pub fn chain(&self, buffers: &[Buffer]) -> u16 {
-        let head = self.next_descriptor.get();
+        let head = self.queue().next_descriptor.get();
         let at = |i: usize| (head + i as u16) % self.queue_size;
         for (i, buffer) in buffers.iter().enumerate() {
             let more = if i + 1 < buffers.len() { NEXT } else { 0 };
             let flags = if buffer.writable { WRITE | more } else { more };
             self.descriptor(at(i), buffer.address, buffer.length, flags, at(i + 1));
         }
-        self.next_descriptor.set(at(buffers.len()));
+        self.queue().next_descriptor.set(at(buffers.len()));
         head
     }
 
     /// Puts `head` in the available ring.
     pub fn offer(&self, head: u16) {
-        let index = self.next_available.get();
+        let index = self.queue().next_available.get();
         let slot = u64::from(index % self.queue_size);
-        self.memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
-        self.next_available.set(index.wrapping_add(1));
-        self.set_available_index(self.next_available.get());
+        self.memory.write_obj(head, GuestAddress(self.of_queue(AVAILABLE) + 4 + 2 * slot)).unwrap();
+        self.queue().next_available.set(index.wrapping_add(1));
+        self.set_available_index(self.queue().next_available.get());
     }
 
     pub fn set_available_index(&self, index: u16) {
-        self.memory.write_obj(index, GuestAddress(AVAILABLE + 2)).unwrap();
+        self.memory.write_obj(index, GuestAddress(self.of_queue(AVAILABLE) + 2)).unwrap();
     }
 
     /// The used buffer after which the guest wants to be interrupted.
     pub fn set_used_event(&self, index: u16) {
-        self.memory.write_obj(index, GuestAddress(AVAILABLE + 4 + 2 * u64::from(self.queue_size))).unwrap();
+        self.memory
+            .write_obj(index, GuestAddress(self.of_queue(AVAILABLE) + 4 + 2 * u64::from(self.queue_size)))
+            .unwrap();
     }
 
     /// The available buffer after which the device wants to be notified.
     pub fn available_event(&self) -> u16 {
-        self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(self.queue_size))).unwrap()
+        self.memory.read_obj(GuestAddress(self.of_queue(USED) + 4 + 8 * u64::from(self.queue_size))).unwrap()
     }
 
     /// Notifies the device as KVM does, without waiting for it.
@@ -253,13 +288,13 @@ impl Guest {
 
     /// The buffers used since the last call: head and bytes written.
     pub fn used(&self) -> Vec<(u16, u32)> {
-        let end: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        let end: u16 = self.memory.read_obj(GuestAddress(self.of_queue(USED) + 2)).unwrap();
         let mut used = Vec::new();
-        while self.next_used.get() != end {
-            let slot = USED + 4 + 8 * u64::from(self.next_used.get() % self.queue_size);
+        while self.queue().next_used.get() != end {
+            let slot = self.of_queue(USED) + 4 + 8 * u64::from(self.queue().next_used.get() % self.queue_size);
             let [head, length]: [u32; 2] = self.memory.read_obj(GuestAddress(slot)).unwrap();
             used.push((head as u16, length));
-            self.next_used.set(self.next_used.get().wrapping_add(1));
+            self.queue().next_used.set(self.queue().next_used.get().wrapping_add(1));
         }
         used
     }

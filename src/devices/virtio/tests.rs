@@ -34,7 +34,7 @@ pub(super) fn device() -> (Device, Arc<metrics::Block>) {
         discard: false,
     };
     let metrics = Arc::new(metrics::Block::default());
-    (Device::Block(Block::new(&config, file(1 << 20), Arc::clone(&metrics)).unwrap()), metrics)
+    (Device::Block(Box::new(Block::new(&config, file(1 << 20), Arc::clone(&metrics)).unwrap())), metrics)
 }
 
 fn guest() -> Guest {

@@ -77,7 +77,7 @@ fn guest(engine: IoEngine) -> (Guest, std::fs::File) {
         make(&DriveConfig { io_engine: IoEngine::Sync, ..config })
     });
     let block = block.unwrap();
-    let mut guest = Guest::new(Device::Block(block));
+    let mut guest = Guest::new(Device::Block(Box::new(block)));
     guest.queue_size = SIZE;
     (guest, file)
 }

@@ -60,7 +60,7 @@ impl Drive {
     pub(super) fn new(config: &DriveConfig, file: File) -> Self {
         let metrics = Arc::new(metrics::Block::default());
         let block = Block::new(config, file.try_clone().unwrap(), Arc::clone(&metrics)).unwrap();
-        Self { file, metrics, guest: Guest::booted(Device::Block(block)) }
+        Self { file, metrics, guest: Guest::booted(Device::Block(Box::new(block))) }
     }
 
     pub(super) fn of_size(config: &DriveConfig, size: u64) -> Self {
@@ -70,7 +70,10 @@ impl Drive {
     }
 
     pub(super) fn update<E>(&self, change: impl FnOnce(&mut Block) -> Result<ConfigChange, E>) -> Result<(), E> {
-        self.guest.mmio.update(|Device::Block(block)| change(block))
+        self.guest.mmio.update(|device| match device {
+            Device::Block(block) => change(block),
+            _ => unreachable!(),
+        })
     }
 
     pub(super) fn header(&self, kind: u32, sector: u64) {

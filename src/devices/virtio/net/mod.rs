@@ -1,0 +1,253 @@
+//! virtio-net (virtio 1.2 §5.1) on a TAP.
+//!
+//! ```text
+//!  guest's transmit queue ──writev──▶ TAP      ([tx]: one call per frame, headers included)
+//!  guest's receive queue  ◀──readv─── TAP      ([rx]: into buffers that were reserved before)
+//! ```
+//!
+//! Frames are not copied on the way, and not looked at: the header in front of each tells the
+//! other side which checksum is missing and how to segment it. Each wake moves a bounded number of
+//! frames in each direction and ends in at most one interrupt for each.
+
+mod rx;
+mod tap;
+mod tx;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
+};
+
+use self::rx::Receiver;
+pub use self::tap::{Error as TapError, Tap};
+use self::tx::Transmitter;
+use super::{Activation, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use crate::config::{NetConfig, NetUpdate};
+use crate::{metrics, warn_limited};
+
+/// Size of each of the two queues.
+const QUEUE_SIZE: u16 = 256;
+/// `struct virtio_net_hdr` with num_buffers, which is always there since virtio 1.0 (§5.1.6).
+const HEADER_SIZE: usize = 12;
+/// Longest frame a TAP takes or gives, in bytes: an Ethernet header, a VLAN tag and 64 KiB, with the header in front.
+const MAX_FRAME: usize = HEADER_SIZE + 18 + 65_536;
+/// What one wake moves in one direction before it lets other devices run.
+const MAX_FRAMES_PER_WAKE: usize = 128;
+/// See [`MAX_FRAMES_PER_WAKE`].
+const MAX_BYTES_PER_WAKE: usize = 4 << 20;
+
+/// Source tags.
+const TAP: u8 = 1;
+const RX_LIMITER: u8 = 2;
+const TX_LIMITER: u8 = 3;
+
+/// What is offered on every host.
+const FEATURES: [u32; 12] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_MRG_RXBUF,
+    // Only if the host segments UDP.
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_USO,
+];
+
+/// Why an interface cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No descriptor for a rate limiter's timer.
+    #[error("interface {interface}: cannot create the timer of its rate limiter")]
+    Timer {
+        /// Resource id.
+        interface: String,
+        /// From the host.
+        source: io::Error,
+    },
+}
+
+/// How much a direction has moved in one wake.
+#[derive(Debug, Default)]
+struct Budget {
+    frames: usize,
+    bytes: usize,
+}
+
+impl Budget {
+    fn spend(&mut self, bytes: usize) {
+        self.frames += 1;
+        self.bytes += bytes;
+    }
+
+    fn is_spent(&self) -> bool {
+        self.frames >= MAX_FRAMES_PER_WAKE || self.bytes >= MAX_BYTES_PER_WAKE
+    }
+}
+
+/// A network interface.
+pub struct Net {
+    iface_id: String,
+    features: u64,
+    /// The configuration space (§5.1.4) up to and including the MTU.
+    config_space: [u8; 12],
+    tap: Tap,
+    rx_limiter: RateLimiter,
+    tx_limiter: RateLimiter,
+    active: Option<Active>,
+    /// What to say at the next event, because activation cannot.
+    failed: Option<Violation>,
+    metrics: Arc<metrics::Net>,
+}
+
+/// What the driver handed over.
+struct Active {
+    rx: Receiver,
+    tx: Transmitter,
+}
+
+impl Net {
+    /// An interface at the other end of `tap`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when the process has no descriptor left.
+    pub fn new(config: &NetConfig, tap: Tap, metrics: Arc<metrics::Net>) -> Result<Self, Error> {
+        let limiter = |limits| {
+            RateLimiter::new(limits).map_err(|source| Error::Timer { interface: config.iface_id.clone(), source })
+        };
+        let mut features = FEATURES.iter().fold(0, |bits, bit| bits | 1 << bit);
+        if !tap.has_uso() {
+            features &= !(1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6 | 1 << VIRTIO_NET_F_HOST_USO);
+        }
+        let mut config_space = [0; 12];
+        if let Some(mac) = config.guest_mac {
+            features |= 1 << VIRTIO_NET_F_MAC;
+            config_space[..6].copy_from_slice(&mac.0);
+        }
+        if let Some(mtu) = config.mtu {
+            features |= 1 << VIRTIO_NET_F_MTU;
+            config_space[10..].copy_from_slice(&mtu.to_le_bytes());
+        }
+        Ok(Self {
+            iface_id: config.iface_id.clone(),
+            features,
+            config_space,
+            tap,
+            rx_limiter: limiter(&config.rx_rate_limiter)?,
+            tx_limiter: limiter(&config.tx_rate_limiter)?,
+            active: None,
+            failed: None,
+            metrics,
+        })
+    }
+
+    /// Changes the limits.
+    pub fn update_rate_limiters(&mut self, update: &NetUpdate) {
+        self.rx_limiter.update(&update.rx_rate_limiter);
+        self.tx_limiter.update(&update.tx_rate_limiter);
+    }
+
+    /// Moves frames in both directions, the guest's first: often they call for an answer that is
+    /// there at once.
+    fn exchange(&mut self) -> Result<Progress, Violation> {
+        let Some(Active { rx, tx }) = &mut self.active else { return Ok(Progress::Idle) };
+        let sent = tx.run(&self.tap, &mut self.tx_limiter, &self.metrics);
+        let received = rx.run(&self.tap, &mut self.rx_limiter, &self.metrics);
+        tx.announce();
+        rx.announce();
+        match (sent?, received?) {
+            (Progress::Idle, Progress::Idle) => Ok(Progress::Idle),
+            _ => Ok(Progress::More),
+        }
+    }
+}
+
+impl VirtioDevice for Net {
+    fn kind(&self) -> Kind {
+        Kind::Net
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let tail = usize::try_from(offset).ok().and_then(|offset| self.config_space.get(offset..)).unwrap_or_default();
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(tail) {
+            *to = *from;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.failed = None;
+        if let Err(error) = self.tap.set_offloads(activation.features) {
+            warn_limited!("interface {}: the TAP refuses what the guest acknowledged: {error}", self.iface_id);
+            self.failed = Some(Violation::Backend);
+            return;
+        }
+        let merge = activation.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let [rx, tx]: [Virtqueue; 2] = match activation.queues.try_into() {
+            Ok(queues) => queues,
+            // The transport sets up as many as there are in `queue_sizes`.
+            Err(_) => return,
+        };
+        self.active = Some(Active { rx: Receiver::new(rx, merge), tx: Transmitter::new(tx) });
+    }
+
+    fn reset(&mut self) -> bool {
+        self.active = None;
+        true
+    }
+
+    fn on_event(&mut self, tag: u8) -> Result<Progress, Violation> {
+        if let Some(violation) = self.failed.take() {
+            return Err(violation);
+        }
+        match tag {
+            TAP => {
+                self.metrics.rx_tap_event_count.inc();
+                if let Some(active) = &mut self.active {
+                    active.rx.tap_is_readable();
+                }
+            }
+            RX_LIMITER => self.rx_limiter.on_timer(),
+            TX_LIMITER => self.tx_limiter.on_timer(),
+            _ => self.metrics.queue_event_count.inc(),
+        }
+        self.exchange()
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        vec![
+            Source { tag: TAP, fd: self.tap.as_raw_fd() },
+            Source { tag: RX_LIMITER, fd: self.rx_limiter.timer_fd() },
+            Source { tag: TX_LIMITER, fd: self.tx_limiter.timer_fd() },
+        ]
+    }
+
+    /// Nothing is ever in flight: a frame is with the guest or with the TAP.
+    fn quiesce(&mut self) {}
+
+    fn count_violation(&self) {
+        self.metrics.needs_reset.inc();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+//! From the guest to the TAP (virtio 1.2 §5.1.6.2).
+
+use super::{Budget, HEADER_SIZE, MAX_FRAME, Tap};
+use crate::devices::virtio::{Buffers, Progress, RateLimiter, Violation, Virtqueue};
+use crate::{metrics, warn_limited};
+
+/// The transmit queue.
+pub struct Transmitter {
+    queue: Virtqueue,
+    /// The frame at hand. Kept, so that the steady state allocates nothing.
+    frame: Buffers,
+}
+
+impl Transmitter {
+    /// Sends from `queue`.
+    pub fn new(queue: Virtqueue) -> Self {
+        Self { queue, frame: Buffers::default() }
+    }
+
+    /// Sends until there is nothing left, the limits are reached, which the timer ends, or the
+    /// budget is spent.
+    pub fn run(&mut self, tap: &Tap, limiter: &mut RateLimiter, metrics: &metrics::Net) -> Result<Progress, Violation> {
+        let mut budget = Budget::default();
+        while !limiter.is_throttled() {
+            if budget.is_spent() {
+                return Ok(Progress::More);
+            }
+            let Some(head) = self.queue.pop(&mut self.frame)? else { break };
+            let Some(length) = self.check(head)? else {
+                metrics.tx_malformed_frames.inc();
+                metrics.tx_fails.inc();
+                self.queue.add_used(head, 0);
+                budget.spend(0);
+                continue;
+            };
+            if !limiter.take(length as u64) {
+                self.queue.undo_pop();
+                metrics.tx_rate_limiter_throttled.inc();
+                break;
+            }
+            self.send(tap, length, metrics);
+            self.queue.add_used(head, 0);
+            budget.spend(length);
+        }
+        Ok(Progress::Idle)
+    }
+
+    /// Interrupts the guest if it wants to know what was sent.
+    pub fn announce(&mut self) {
+        self.queue.announce();
+    }
+
+    /// The length of the frame at hand without its header; `None` if no frame has such a length.
+    /// What is in the header is left for the host's kernel to check, which copies it once.
+    fn check(&self, head: u16) -> Result<Option<usize>, Violation> {
+        // The limit is far below what a chain can add up to: 4 GiB.
+        match usize::try_from(self.frame.readable.len()) {
+            Ok(length) if length < HEADER_SIZE => Err(Violation::Framing(head)),
+            Ok(length) if (HEADER_SIZE + 1..=MAX_FRAME).contains(&length) => Ok(Some(length - HEADER_SIZE)),
+            _ => Ok(None),
+        }
+    }
+
+    fn send(&self, tap: &Tap, length: usize, metrics: &metrics::Net) {
+        // SAFETY: the buffers are fresh from the queue, which keeps guest RAM mapped.
+        match unsafe { tap.write(self.frame.readable.as_slice()) } {
+            Ok(_) => {
+                metrics.tx_packets_count.inc();
+                metrics.tx_bytes_count.add(length as u64);
+            }
+            // It is lost, as on a wire: the interface is down or full, or the header makes no sense.
+            Err(error) => {
+                warn_limited!("a frame of {length} bytes was not taken by the TAP: {error}");
+                metrics.tap_write_fails.inc();
+                metrics.tx_fails.inc();
+            }
+        }
+    }
+}

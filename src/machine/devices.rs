@@ -1,0 +1,84 @@
+//! The virtio devices that a configuration asks for, and changes to them while they run.
+
+use std::convert::Infallible;
+use std::io;
+
+use super::files::{self, Files};
+use super::{Error, lifecycle::refuse};
+use crate::config::{DriveUpdate, NetUpdate, VmConfig};
+use crate::control::Refusal;
+use crate::devices::bus::Bus;
+use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio};
+use crate::metrics;
+
+/// Makes them, in the order the guest sees them: drives, then network interfaces.
+pub fn build(config: &VmConfig, files: &Files) -> Result<Vec<Device>, Error> {
+    let mut devices = Vec::new();
+    for drive in &config.drives {
+        let fail = |source| Error::Open { what: "path_on_host", path: drive.path_on_host.clone(), source };
+        let file = files.drive(&drive.drive_id).unwrap_or_else(missing).map_err(fail)?;
+        let block = Block::new(drive, file, metrics::register_block(&drive.drive_id))
+            .map_err(|source| Error::Drive { id: drive.drive_id.clone(), source })?;
+        devices.push(Device::Block(Box::new(block)));
+    }
+    for interface in &config.network_interfaces {
+        let fail = |source| Error::Event("duplicate a TAP's descriptor", source);
+        let tap = files.tap(&interface.iface_id).unwrap_or_else(missing).map_err(fail)?;
+        devices.push(Device::Net(Box::new(Net::new(interface, tap, metrics::register_net(&interface.iface_id))?)));
+    }
+    Ok(devices)
+}
+
+/// Nothing was opened for a device: it was not configured.
+fn missing<T>() -> io::Result<T> {
+    Err(io::ErrorKind::NotFound.into())
+}
+
+fn device_at(bus: Option<&Bus>, index: usize) -> Option<&VirtioMmio> {
+    bus?.virtio.get(index).map(AsRef::as_ref)
+}
+
+/// Changes a drive. What can fail comes first, so that a refused PATCH changes nothing.
+pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpdate) -> Result<(), Refusal> {
+    let unknown = || Refusal(format!("drive_id {:?} names no drive: see GET /vm/config", update.drive_id));
+    let index = config.drives.iter().position(|d| d.drive_id == update.drive_id).ok_or_else(unknown)?;
+    let device = device_at(bus, index).ok_or_else(unknown)?;
+    let drive = &mut config.drives[index];
+    if let Some(path) = &update.path_on_host {
+        let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
+        device
+            .update(|device| match device {
+                Device::Block(block) => block.update_backend(file).map(|()| ConfigChange::Changed),
+                _ => Ok(ConfigChange::Unchanged),
+            })
+            .map_err(|source| refuse(Error::Drive { id: update.drive_id.clone(), source }))?;
+        drive.path_on_host.clone_from(path);
+    }
+    if let Some(limits) = &update.rate_limiter {
+        let Ok(()) = device.update(|device| {
+            if let Device::Block(block) = device {
+                block.update_rate_limiter(limits);
+            }
+            Ok::<_, Infallible>(ConfigChange::Unchanged)
+        });
+        limits.apply(&mut drive.rate_limiter);
+    }
+    Ok(())
+}
+
+/// Changes a network interface.
+pub fn update_interface(config: &mut VmConfig, bus: Option<&Bus>, update: &NetUpdate) -> Result<(), Refusal> {
+    let unknown = || Refusal(format!("iface_id {:?} names no interface: see GET /vm/config", update.iface_id));
+    let position = config.network_interfaces.iter().position(|i| i.iface_id == update.iface_id).ok_or_else(unknown)?;
+    let device = device_at(bus, config.drives.len() + position).ok_or_else(unknown)?;
+    let Ok(()) = device.update(|device| {
+        if let Device::Net(net) = device {
+            net.update_rate_limiters(update);
+        }
+        Ok::<_, Infallible>(ConfigChange::Unchanged)
+    });
+    let interface = &mut config.network_interfaces[position];
+    update.rx_rate_limiter.apply(&mut interface.rx_rate_limiter);
+    update.tx_rate_limiter.apply(&mut interface.tx_rate_limiter);
+    Ok(())
+}
