@@ -2,10 +2,13 @@
 //!
 //! Paths are data here; the vmm thread opens them when it accepts the configuration.
 
+mod mmds;
 mod net;
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 
 /// A configuration that cannot be: one sentence that names the field and says what is legal.
@@ -90,6 +93,15 @@ pub enum ConfigError {
     /// A PATCH that changes nothing is a mistake.
     #[error("nothing to change: {0}")]
     EmptyUpdate(&'static str),
+    /// The service would be reachable from nowhere.
+    #[error("network_interfaces is empty; name the interfaces that reach the metadata service")]
+    MmdsWithoutInterface,
+    /// An interface that does not exist.
+    #[error("network_interfaces names `{0}`, which does not exist; PUT /network-interfaces/{0} first")]
+    MmdsInterface(String),
+    /// Not in 169.254.1.0 to 169.254.254.255.
+    #[error("ipv4_address {0} is not link-local; use one from 169.254.1.0 to 169.254.254.255")]
+    MmdsAddress(Ipv4Addr),
     /// Known to the API, not to this release.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -431,6 +443,8 @@ pub struct VmConfig {
     pub logger: Option<LoggerConfig>,
     /// Metrics.
     pub metrics: Option<MetricsConfig>,
+    /// Metadata service.
+    pub mmds: Option<MmdsConfig>,
 }
 
 impl VmConfig {
@@ -458,6 +472,22 @@ impl VmConfig {
             None => self.network_interfaces.push(interface),
         }
         Ok(())
+    }
+
+    /// Replaces the configuration of the metadata service.
+    ///
+    /// # Errors
+    /// It names an interface that does not exist; nothing changed then.
+    pub fn set_mmds(&mut self, mmds: MmdsConfig) -> Result<(), ConfigError> {
+        if let Some(id) = mmds.network_interfaces.iter().find(|id| !self.has_interface(id)) {
+            return Err(ConfigError::MmdsInterface(id.clone()));
+        }
+        self.mmds = Some(mmds);
+        Ok(())
+    }
+
+    fn has_interface(&self, id: &str) -> bool {
+        self.network_interfaces.iter().any(|interface| interface.iface_id == id)
     }
 
     /// Adds a drive, or replaces the one of the same id. The root drive moves to the front: it is vda.
