@@ -291,7 +291,8 @@ impl Vmm {
             ram_bytes: config.mem_size_mib << 20,
             huge_pages: config.huge_pages,
         };
-        let shell = Shell::new(layout, || devices::build(&self.config, &self.files), self.boot_timer.clone())?;
+        let shell =
+            Shell::new(layout, || devices::build(&self.config, &self.files, &self.mmds), self.boot_timer.clone())?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
         let serial = self.config.serial.clone().unwrap_or_default();
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();

@@ -69,6 +69,11 @@ impl Endpoint {
         self.stack.as_mut()?.delay(now)
     }
 
+    /// Whether nothing is under way: [`Self::transmit`] would have nothing.
+    pub fn is_quiet(&self) -> bool {
+        self.stack.as_ref().is_none_or(|stack| stack.is_quiet())
+    }
+
     /// Forgets everything under way: the guest's driver starts anew.
     pub fn reset(&mut self) {
         self.stack = None;

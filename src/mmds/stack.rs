@@ -120,6 +120,11 @@ impl Stack {
         Some(delay.max(SHORTEST_DELAY))
     }
 
+    /// See [`Endpoint::is_quiet`](super::Endpoint::is_quiet).
+    pub fn is_quiet(&self) -> bool {
+        self.replies.is_empty() && self.connections.iter().all(|connection| !connection.open)
+    }
+
     /// Sees to it that a socket listens. At the limit the connection that has been without progress
     /// for longest goes, unless all of them are busy: then the guest has to try again.
     fn make_room(&mut self, now: Duration) -> bool {
