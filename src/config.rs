@@ -2,14 +2,13 @@
 //!
 //! Paths are data here; the vmm thread opens them when it accepts the configuration.
 
-mod mmds;
 mod net;
+mod vsock;
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
+pub use vsock::{GuestCid, VsockConfig};
 
 /// A configuration that cannot be: one sentence that names the field and says what is legal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,18 +89,12 @@ pub enum ConfigError {
     /// Below [`MIN_MTU`].
     #[error("mtu is {0}; it must be {MIN_MTU} to 65535")]
     Mtu(u16),
+    /// CIDs below name the host and the hypervisor, the last one anybody (virtio 1.2 §5.10.4).
+    #[error("guest_cid is {0}; it must be 3 to 4294967294")]
+    GuestCid(u64),
     /// A PATCH that changes nothing is a mistake.
     #[error("nothing to change: {0}")]
     EmptyUpdate(&'static str),
-    /// The service would be reachable from nowhere.
-    #[error("network_interfaces is empty; name the interfaces that reach the metadata service")]
-    MmdsWithoutInterface,
-    /// An interface that does not exist.
-    #[error("network_interfaces names `{0}`, which does not exist; PUT /network-interfaces/{0} first")]
-    MmdsInterface(String),
-    /// Not in 169.254.1.0 to 169.254.254.255.
-    #[error("ipv4_address {0} is not link-local; use one from 169.254.1.0 to 169.254.254.255")]
-    MmdsAddress(Ipv4Addr),
     /// Known to the API, not to this release.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -437,20 +430,20 @@ pub struct VmConfig {
     pub drives: Vec<DriveConfig>,
     /// In the order they were configured; their devices follow the drives'.
     pub network_interfaces: Vec<NetConfig>,
+    /// Vsock.
+    pub vsock: Option<VsockConfig>,
     /// Serial port.
     pub serial: Option<SerialConfig>,
     /// Log.
     pub logger: Option<LoggerConfig>,
     /// Metrics.
     pub metrics: Option<MetricsConfig>,
-    /// Metadata service.
-    pub mmds: Option<MmdsConfig>,
 }
 
 impl VmConfig {
     /// How many virtio devices are configured.
     fn virtio_devices(&self) -> usize {
-        self.drives.len() + self.network_interfaces.len()
+        self.drives.len() + self.network_interfaces.len() + usize::from(self.vsock.is_some())
     }
 
     /// Adds an interface, or replaces the one of the same id.
@@ -474,20 +467,16 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Replaces the configuration of the metadata service.
+    /// Sets or replaces the vsock device.
     ///
     /// # Errors
-    /// It names an interface that does not exist; nothing changed then.
-    pub fn set_mmds(&mut self, mmds: MmdsConfig) -> Result<(), ConfigError> {
-        if let Some(id) = mmds.network_interfaces.iter().find(|id| !self.has_interface(id)) {
-            return Err(ConfigError::MmdsInterface(id.clone()));
+    /// It would be one device too many; nothing changed then.
+    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), ConfigError> {
+        if self.vsock.is_none() && self.virtio_devices() >= MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::TooManyDevices("vsock".to_owned()));
         }
-        self.mmds = Some(mmds);
+        self.vsock = Some(vsock);
         Ok(())
-    }
-
-    fn has_interface(&self, id: &str) -> bool {
-        self.network_interfaces.iter().any(|interface| interface.iface_id == id)
     }
 
     /// Adds a drive, or replaces the one of the same id. The root drive moves to the front: it is vda.

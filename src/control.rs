@@ -10,13 +10,12 @@
 use std::io;
 use std::sync::{Arc, mpsc};
 
-use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
     BootSource, ConfigError, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig, MetricsConfig,
-    MmdsConfig, NetConfig, NetUpdate, SerialConfig, VmConfig,
+    NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
 };
 
 /// Where the microVM is in its life.
@@ -51,18 +50,12 @@ pub enum Command {
     SetNetworkInterface(Box<NetConfig>),
     /// Change a network interface of a running microVM.
     UpdateNetworkInterface(NetUpdate),
+    /// Set or replace the vsock device.
+    SetVsock(VsockConfig),
     /// Replace the serial configuration.
     SetSerial(SerialConfig),
     /// Configure the log.
     SetLogger(LoggerConfig),
-    /// Replace the configuration of the metadata service.
-    SetMmds(MmdsConfig),
-    /// The metadata.
-    GetMetadata,
-    /// Replace the metadata.
-    PutMetadata(Value),
-    /// Change the metadata by a merge patch.
-    PatchMetadata(Value),
     /// Configure the metrics file, once.
     SetMetrics(MetricsConfig),
     /// Build the machine and run it.
@@ -86,16 +79,15 @@ impl Command {
         let configuring = lifecycle == Lifecycle::Configuring;
         match self {
             Self::GetInstance | Self::GetConfig => Ok(()),
-            Self::GetMetadata | Self::PutMetadata(_) | Self::PatchMetadata(_) => Ok(()),
             Self::SetBootSource(_)
             | Self::SetMachine(_)
             | Self::PatchMachine(_)
             | Self::SetDrive(_)
             | Self::SetNetworkInterface(_)
+            | Self::SetVsock(_)
             | Self::SetSerial(_)
             | Self::SetLogger(_)
             | Self::SetMetrics(_)
-            | Self::SetMmds(_)
             | Self::Start
                 if !configuring =>
             {
@@ -162,10 +154,6 @@ pub enum Reply {
     },
     /// Answer to [`Command::GetConfig`].
     Config(Box<VmConfig>),
-    /// Answer to [`Command::GetMetadata`].
-    Metadata(Value),
-    /// Metadata that would be over its limit; nothing changed (413).
-    DoesNotFit(Refusal),
 }
 
 /// Why a command was refused: one sentence that names the field or path and says what to do.
@@ -278,11 +266,9 @@ mod tests {
         vec![
             (Command::GetInstance, "BA"),
             (Command::GetConfig, "BA"),
-            (Command::GetMetadata, "BA"),
-            (Command::PutMetadata(Value::Null), "BA"),
-            (Command::PatchMetadata(Value::Null), "BA"),
             (Command::SetMachine(MachineConfig::default()), "B"),
             (Command::PatchMachine(MachineUpdate::default()), "B"),
+            (Command::SetVsock(VsockConfig { guest_cid: 3.try_into().unwrap(), uds_path: "v".into() }), "B"),
             (Command::SetSerial(SerialConfig::default()), "B"),
             (Command::SetLogger(LoggerConfig::default()), "B"),
             (Command::SetMetrics(MetricsConfig::default()), "B"),

@@ -12,16 +12,16 @@ use std::thread::JoinHandle;
 use tokio::sync::broadcast;
 use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
-use vesicle::api::socket::{self, SocketFile};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
 use vesicle::config::MetricsConfig;
-use vesicle::control::{self, Command, CommandSender, Event, Reply};
+use vesicle::control::{self, Command, CommandSender, Event};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};
 use vesicle::machine::{chain, restore_terminal};
 use vesicle::metrics::METRICS;
 use vesicle::signals::{Termination, install_fatal_handlers};
+use vesicle::socket::{self, Existing, SocketFile};
 
 /// Exit statuses (SPEC.md, "Exit status").
 const FAILURE: i32 = 1;
@@ -95,8 +95,7 @@ fn prepare(options: &Options) -> Result<Prepared, Box<dyn std::error::Error>> {
     let (sender, receiver) = control::channel()?;
     let (subscribers, events) = broadcast::channel(EVENT_BACKLOG);
     let boot_timer = options.boot_timer.then(BootTimer::default);
-    let mmds_limit = options.mmds_limit.unwrap_or(options.max_payload);
-    let vmm = Vmm::new(options.id.clone(), boot_timer, mmds_limit, receiver, subscribers, termination)?;
+    let vmm = Vmm::new(options.id.clone(), boot_timer, receiver, subscribers, termination)?;
     Ok((vmm, sender, events))
 }
 
@@ -106,17 +105,14 @@ fn configure(vmm: &mut Vmm, options: &Options) {
     commands.extend(options.metrics_path.clone().map(|metrics_path| {
         Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
     }));
-    if let Some(path) = &options.metadata {
-        commands.push(metadata(path));
-    }
     if let Some(path) = &options.config_file {
         commands.extend(config_file(path));
         commands.push(Command::Start);
     }
     for command in commands {
-        match vmm.execute(command) {
-            Err(refusal) | Ok(Reply::DoesNotFit(refusal)) => fail(BAD_CONFIGURATION, refusal),
-            Ok(_) => {}
+        if let Err(refusal) = vmm.execute(command) {
+            vmm.remove_sockets();
+            fail(BAD_CONFIGURATION, refusal);
         }
     }
 }
@@ -129,15 +125,6 @@ fn config_file(path: &Path) -> Vec<Command> {
     config_commands(&json).unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?}: {error}")))
 }
 
-/// Cold, for the same reason.
-#[cold]
-fn metadata(path: &Path) -> Command {
-    let read = || Ok::<_, Box<dyn std::error::Error>>(serde_json::from_slice(&std::fs::read(path)?)?);
-    Command::PutMetadata(
-        read().unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--metadata {path:?}: {error}"))),
-    )
-}
-
 fn serve(
     socket: &ApiSocket,
     options: &Options,
@@ -145,7 +132,7 @@ fn serve(
     events: broadcast::Receiver<Event>,
 ) -> (JoinHandle<()>, Option<SocketFile>) {
     let (listener, file): (UnixListener, _) = match socket {
-        ApiSocket::Path(path) => match socket::bind(path) {
+        ApiSocket::Path(path) => match socket::bind(path, Existing::Replaced) {
             Ok((listener, file)) => (listener, Some(file)),
             Err(error) => fail(FAILURE, chain(&error)),
         },

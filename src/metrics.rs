@@ -160,8 +160,6 @@ groups! {
         instance_info_count: Counter,
         /// Requests for the machine configuration.
         machine_cfg_count: Counter,
-        /// Requests for the metadata.
-        mmds_count: Counter,
         /// Requests for the version.
         vmm_version_count: Counter,
     }
@@ -187,10 +185,6 @@ groups! {
         machine_cfg_count: Counter,
         /// Machine configurations refused.
         machine_cfg_fails: Counter,
-        /// Metadata, and its configuration.
-        mmds_count: Counter,
-        /// The same refused.
-        mmds_fails: Counter,
         /// Metrics configurations.
         metrics_count: Counter,
         /// Metrics configurations refused.
@@ -203,6 +197,10 @@ groups! {
         serial_count: Counter,
         /// Serial configurations refused.
         serial_fails: Counter,
+        /// Vsock configurations.
+        vsock_count: Counter,
+        /// Vsock configurations refused.
+        vsock_fails: Counter,
     }
     /// PATCH requests.
     PatchApiRequests {
@@ -218,10 +216,6 @@ groups! {
         network_count: Counter,
         /// Changes to network interfaces refused.
         network_fails: Counter,
-        /// Changes to the metadata.
-        mmds_count: Counter,
-        /// Changes to the metadata refused.
-        mmds_fails: Counter,
         /// Pauses and resumes.
         vm_count: Counter,
         /// Pauses and resumes refused.
@@ -261,31 +255,6 @@ groups! {
         /// Exits that could not be handled.
         failures: Counter,
     }
-    /// The metadata service.
-    Mmds {
-        /// Frames of the guest that were for the service.
-        rx_accepted: Counter,
-        /// Those of them that were dropped.
-        rx_accepted_err: Counter,
-        /// Requests.
-        rx_count: Counter,
-        /// Requests to read with a token that is not valid.
-        rx_invalid_token: Counter,
-        /// Requests to read without a token.
-        rx_no_token: Counter,
-        /// Bytes of frames sent to the guest.
-        tx_bytes: Counter,
-        /// Responses.
-        tx_count: Counter,
-        /// Responses that were cut off because the guest did not take them.
-        tx_errors: Counter,
-        /// Frames sent to the guest.
-        tx_frames: Counter,
-        /// Connections the guest opened.
-        connections_created: Counter,
-        /// Connections that ended.
-        connections_destroyed: Counter,
-    }
     /// The VMM itself.
     Vmm {
         /// Panics.
@@ -310,6 +279,33 @@ groups! {
         reset_count: Counter,
         /// Bytes the guest wrote.
         write_count: Counter,
+    }
+    /// The vsock device.
+    Vsock {
+        /// Wakes by the guest's notification.
+        queue_event_count: Counter,
+        /// Packets to the guest.
+        rx_packets_count: Counter,
+        /// Bytes of data to the guest.
+        rx_bytes_count: Counter,
+        /// Packets from the guest.
+        tx_packets_count: Counter,
+        /// Bytes of data from the guest.
+        tx_bytes_count: Counter,
+        /// Connections begun by either side.
+        conns_added: Counter,
+        /// Connections ended.
+        conns_removed: Counter,
+        /// Connections ended because the guest broke the protocol.
+        conns_killed: Counter,
+        /// Connections refused: nobody listens, too many, or no CONNECT line in time.
+        conns_refused: Counter,
+        /// Reads from a host process that failed.
+        rx_read_fails: Counter,
+        /// Writes to a host process that failed.
+        tx_write_fails: Counter,
+        /// Times the guest broke the protocol and the device asked for a reset.
+        needs_reset: Counter,
     }
     /// One drive.
     Block {
@@ -401,12 +397,12 @@ metrics! {
     i8042: I8042,
     latencies_us: LatenciesUs,
     logger: Logger,
-    mmds: Mmds,
     patch_api_requests: PatchApiRequests,
     put_api_requests: PutApiRequests,
     uart: Uart,
     vcpu: Vcpu,
     vmm: Vmm,
+    vsock: Vsock,
 }
 
 /// How a visitor reads a metric.

@@ -25,7 +25,6 @@ same_variants! {
     ImageMapping { Shared, Private }
     CacheType { Unsafe, Writeback }
     IoEngine { Sync, Async }
-    MmdsVersion { V1, V2 }
 }
 
 /// Only the template `None` is available.
@@ -243,6 +242,20 @@ impl TryFrom<types::PartialNetworkInterface> for config::NetUpdate {
     }
 }
 
+impl TryFrom<types::Vsock> for config::VsockConfig {
+    type Error = ConfigError;
+
+    fn try_from(body: types::Vsock) -> Result<Self, ConfigError> {
+        Self { guest_cid: body.guest_cid.try_into()?, uds_path: body.uds_path }.checked()
+    }
+}
+
+impl From<&config::VsockConfig> for types::Vsock {
+    fn from(vsock: &config::VsockConfig) -> Self {
+        Self { guest_cid: vsock.guest_cid.into(), uds_path: vsock.uds_path.clone(), vsock_id: None }
+    }
+}
+
 impl From<types::SerialDevice> for config::SerialConfig {
     fn from(body: types::SerialDevice) -> Self {
         Self { serial_out_path: body.serial_out_path, rate_limiter: body.rate_limiter.and_then(bucket) }
@@ -325,31 +338,6 @@ impl From<&config::MetricsConfig> for types::Metrics {
     }
 }
 
-impl TryFrom<types::MmdsConfig> for config::MmdsConfig {
-    type Error = ConfigError;
-
-    fn try_from(body: types::MmdsConfig) -> Result<Self, ConfigError> {
-        Self {
-            network_interfaces: body.network_interfaces,
-            version: body.version.into(),
-            ipv4_address: body.ipv4_address.unwrap_or(config::DEFAULT_MMDS_ADDRESS),
-            imds_compat: body.imds_compat,
-        }
-        .checked()
-    }
-}
-
-impl From<&config::MmdsConfig> for types::MmdsConfig {
-    fn from(mmds: &config::MmdsConfig) -> Self {
-        Self {
-            network_interfaces: mmds.network_interfaces.clone(),
-            version: mmds.version.into(),
-            ipv4_address: Some(mmds.ipv4_address),
-            imds_compat: mmds.imds_compat,
-        }
-    }
-}
-
 impl From<&config::VmConfig> for types::FullVmConfiguration {
     fn from(config: &config::VmConfig) -> Self {
         Self {
@@ -357,10 +345,10 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
             machine_config: Some((&config.machine).into()),
             drives: config.drives.iter().map(Into::into).collect(),
             network_interfaces: config.network_interfaces.iter().map(Into::into).collect(),
+            vsock: config.vsock.as_ref().map(Into::into),
             serial: config.serial.as_ref().map(Into::into),
             logger: config.logger.as_ref().map(Into::into),
             metrics: config.metrics.as_ref().map(Into::into),
-            mmds_config: config.mmds.as_ref().map(Into::into),
             ..Self::default()
         }
     }

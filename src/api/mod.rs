@@ -13,7 +13,6 @@ mod convert;
 pub mod error;
 pub mod routes;
 pub mod server;
-pub mod socket;
 pub mod types;
 
 #[cfg(test)]

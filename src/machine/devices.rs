@@ -2,19 +2,18 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
+use std::os::unix::net::UnixListener;
 
 use super::files::{self, Files};
 use super::{Error, lifecycle::refuse};
 use crate::config::{DriveUpdate, NetUpdate, VmConfig};
 use crate::control::Refusal;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio};
+use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio, Vsock};
 use crate::metrics;
-use crate::mmds::{self, Endpoint};
 
-/// Makes them, in the order the guest sees them: drives, then network interfaces.
-pub fn build(config: &VmConfig, files: &Files, mmds: &mmds::Shared) -> Result<Vec<Device>, Error> {
+/// Makes them, in the order the guest sees them: drives, network interfaces, vsock, which listens on `listener`.
+pub fn build(config: &VmConfig, files: &Files, listener: Option<&UnixListener>) -> Result<Vec<Device>, Error> {
     let mut devices = Vec::new();
     for drive in &config.drives {
         let fail = |source| Error::Open { what: "path_on_host", path: drive.path_on_host.clone(), source };
@@ -26,12 +25,12 @@ pub fn build(config: &VmConfig, files: &Files, mmds: &mmds::Shared) -> Result<Ve
     for interface in &config.network_interfaces {
         let fail = |source| Error::Event("duplicate a TAP's descriptor", source);
         let tap = files.tap(&interface.iface_id).unwrap_or_else(missing).map_err(fail)?;
-        let mut net = Net::new(interface, tap, metrics::register_net(&interface.iface_id))?;
-        if let Some(service) = config.mmds.as_ref().filter(|mmds| mmds.network_interfaces.contains(&interface.iface_id))
-        {
-            net.serve(Endpoint::new(service.ipv4_address, Arc::clone(mmds)))?;
-        }
-        devices.push(Device::Net(Box::new(net)));
+        devices.push(Device::Net(Box::new(Net::new(interface, tap, metrics::register_net(&interface.iface_id))?)));
+    }
+    if let (Some(vsock), Some(listener)) = (&config.vsock, listener) {
+        let device = listener.try_clone().and_then(|listener| Vsock::new(vsock, listener));
+        let fail = |source| Error::Event("make the vsock device's descriptors", source);
+        devices.push(Device::Vsock(Box::new(device.map_err(fail)?)));
     }
     Ok(devices)
 }

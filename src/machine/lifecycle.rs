@@ -6,10 +6,10 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
 use tokio::sync::{broadcast, oneshot};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
@@ -18,7 +18,7 @@ use super::console::Console;
 use super::files::Files;
 use super::shell::{Layout, Shell};
 use super::{Error, chain, devices, fill};
-use crate::config::{MetricsConfig, VmConfig};
+use crate::config::{MetricsConfig, VmConfig, VsockConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
@@ -29,9 +29,8 @@ use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
 use crate::log;
 use crate::memory::GuestRam;
 use crate::metrics::{JsonLines, METRICS};
-use crate::mmds::store::ChangeError;
-use crate::mmds::{self, Mmds};
 use crate::signals::Termination;
+use crate::socket::{self, Existing, SocketFile};
 
 /// How the process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,9 +77,10 @@ pub struct Vmm {
     boot_timer: Option<BootTimer>,
     state: Lifecycle,
     config: VmConfig,
-    mmds: mmds::Shared,
     files: Files,
     machine: Option<Machine>,
+    /// Where host processes connect to the guest. The file is removed at the end.
+    vsock: Option<(UnixListener, SocketFile)>,
     events: EventLoop,
     commands: CommandReceiver,
     /// `None` after the last event.
@@ -95,12 +95,10 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// A vmm thread without a machine. `boot_timer` measures from the start to the guest's signal;
-    /// metadata may be `mmds_limit` bytes of JSON.
+    /// A vmm thread without a machine. `boot_timer` measures from the start to the guest's signal.
     pub fn new(
         id: String,
         boot_timer: Option<BootTimer>,
-        mmds_limit: usize,
         commands: CommandReceiver,
         subscribers: broadcast::Sender<Event>,
         termination: Termination,
@@ -113,9 +111,9 @@ impl Vmm {
             boot_timer,
             state: Lifecycle::Configuring,
             config: VmConfig::default(),
-            mmds: Arc::new(Mutex::new(Mmds::new(mmds_limit))),
             files: Files::default(),
             machine: None,
+            vsock: None,
             events,
             commands,
             subscribers: Some(subscribers),
@@ -206,6 +204,7 @@ impl Vmm {
                 let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
                 devices::update_interface(&mut self.config, bus, &update)?;
             }
+            Command::SetVsock(vsock) => self.set_vsock(vsock)?,
             Command::SetSerial(serial) => {
                 self.files.set_serial(serial.serial_out_path.as_deref()).map_err(refuse)?;
                 self.config.serial = Some(serial);
@@ -221,16 +220,6 @@ impl Vmm {
                 self.metrics = Some(self.open_metrics(&config).map_err(refuse)?);
                 self.config.metrics = Some(config);
             }
-            Command::SetMmds(config) => {
-                self.config.set_mmds(config.clone())?;
-                self.mmds().configure(&config);
-            }
-            Command::GetMetadata => {
-                let metadata = self.mmds().store.value().cloned();
-                return Ok(Reply::Metadata(metadata.unwrap_or_else(|| Value::Object(Map::new()))));
-            }
-            Command::PutMetadata(value) => return changed(self.mmds().store.put(value)),
-            Command::PatchMetadata(patch) => return changed(self.mmds().store.patch(patch)),
             Command::Start => self.start()?,
             Command::FlushMetrics => self.flush_metrics()?,
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
@@ -238,11 +227,6 @@ impl Vmm {
             Command::Resume => self.resume(),
         }
         Ok(Reply::Done)
-    }
-
-    fn mmds(&self) -> MutexGuard<'_, Mmds> {
-        // A document is replaced whole, so it is whole even if a thread died with the lock.
-        self.mmds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn serve_commands(&mut self) {
@@ -291,8 +275,9 @@ impl Vmm {
             ram_bytes: config.mem_size_mib << 20,
             huge_pages: config.huge_pages,
         };
-        let shell =
-            Shell::new(layout, || devices::build(&self.config, &self.files, &self.mmds), self.boot_timer.clone())?;
+        let listener = self.vsock.as_ref().map(|(listener, _)| listener);
+        let devices = || devices::build(&self.config, &self.files, listener);
+        let shell = Shell::new(layout, devices, self.boot_timer.clone())?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
         let serial = self.config.serial.clone().unwrap_or_default();
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
@@ -319,6 +304,24 @@ impl Vmm {
             self.events.add(fd, When::BecameReadable, token).map_err(watch)?;
         }
         Ok(())
+    }
+
+    fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), Refusal> {
+        let mut config = self.config.clone();
+        config.set_vsock(vsock.clone())?;
+        let same = self.config.vsock.as_ref().is_some_and(|before| before.uds_path == vsock.uds_path);
+        if !(same && self.vsock.as_ref().is_some_and(|(_, file)| file.is_ours())) {
+            let bound = socket::bind(&vsock.uds_path, Existing::Refused)
+                .map_err(|source| Refusal(format!("uds_path: {}.", chain(&source))))?;
+            self.vsock = Some(bound);
+        }
+        self.config = config;
+        Ok(())
+    }
+
+    /// Removes the sockets that were bound, as far as they are still ours.
+    pub fn remove_sockets(&mut self) {
+        self.vsock = None;
     }
 
     fn open_metrics(&self, config: &MetricsConfig) -> Result<Metrics, Error> {
@@ -428,6 +431,7 @@ impl Vmm {
             }
             machine.console.finish(&machine.bus.serial);
         }
+        self.remove_sockets();
         super::restore_terminal();
         if ending.status == 0 {
             ::log::info!("The microVM ended: {}.", ending.reason);
@@ -439,14 +443,6 @@ impl Vmm {
             let _ = subscribers.send(Event::Exited { status: ending.status, reason: ending.reason.clone() });
         }
         ending
-    }
-}
-
-fn changed(metadata: Result<(), ChangeError>) -> Answer {
-    match metadata {
-        Ok(()) => Ok(Reply::Done),
-        Err(error @ ChangeError::LimitExceeded(_)) => Ok(Reply::DoesNotFit(Refusal(format!("{error}.")))),
-        Err(error) => Err(Refusal(format!("{error}."))),
     }
 }
 

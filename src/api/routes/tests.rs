@@ -140,6 +140,33 @@ fn a_patch_of_a_drive_keeps_switches_off_or_sets_each_bucket() {
 }
 
 #[test]
+fn a_vsock_has_a_cid_of_a_guest_and_a_path() {
+    let put = |body| command(Method::PUT, "/vsock", body);
+    let Command::SetVsock(vsock) = put(r#"{"guest_cid":3,"uds_path":"/run/v.sock"}"#) else { panic!() };
+    assert_eq!((u64::from(vsock.guest_cid), vsock.uds_path.to_str()), (3, Some("/run/v.sock")));
+    for (body, named) in [
+        (r#"{"guest_cid":3}"#, "missing field `uds_path`"),
+        (r#"{"uds_path":"v"}"#, "missing field `guest_cid`"),
+        (r#"{"guest_cid":2,"uds_path":"v"}"#, "guest_cid is 2; it must be 3 to 4294967294"),
+        (r#"{"guest_cid":-3,"uds_path":"v"}"#, "`-3`"),
+        (r#"{"guest_cid":4294967295,"uds_path":"v"}"#, "guest_cid is 4294967295"),
+        (r#"{"guest_cid":4294967299,"uds_path":"v"}"#, "guest_cid is 4294967299"),
+        (r#"{"guest_cid":3,"uds_path":""}"#, "uds_path is empty"),
+        (r#"{"guest_cid":3,"uds_path":"v","port":1}"#, "unknown field `port`"),
+    ] {
+        let message = refusal(Method::PUT, "/vsock", body);
+        assert!(message.contains(named), "{body}: {message}");
+    }
+    for (body, expected) in [
+        (r#"{"guest_cid":3,"uds_path":"v","vsock_id":"v"}"#, true),
+        (r#"{"guest_cid":4294967294,"uds_path":"v"}"#, false),
+    ] {
+        let Ok(Action::Ask(ask)) = route(&Method::PUT, "/vsock", body.as_bytes()) else { panic!("{body}") };
+        assert_eq!(ask.deprecated, expected);
+    }
+}
+
+#[test]
 fn actions_and_states_are_commands() {
     let action = |name| command(Method::PUT, "/actions", &format!(r#"{{"action_type":"{name}"}}"#));
     assert!(matches!(action("InstanceStart"), Command::Start));
@@ -162,39 +189,9 @@ fn a_log_level_is_read_in_any_case() {
 }
 
 #[test]
-fn metadata_is_any_json_and_its_configuration_is_checked() {
-    for body in ["{}", "null", "[1]", r#"{"a":{"b":""}}"#] {
-        assert!(matches!(command(Method::PUT, "/mmds", body), Command::PutMetadata(_)));
-        assert!(matches!(command(Method::PATCH, "/mmds", body), Command::PatchMetadata(_)));
-    }
-    assert!(refusal(Method::PUT, "/mmds", "{").contains("EOF"));
-    let config = |body: &str| match route(&Method::PUT, "/mmds/config", body.as_bytes()) {
-        Ok(Action::Ask(Ask { command: Command::SetMmds(config), deprecated, .. })) => (config, deprecated),
-        other => panic!("{body}: {other:?}"),
-    };
-    let (mmds, deprecated) = config(r#"{"network_interfaces":["eth0"]}"#);
-    assert_eq!((mmds.version, mmds.ipv4_address, deprecated), (MmdsVersion::V1, DEFAULT_MMDS_ADDRESS, true));
-    let all = r#"{"network_interfaces":["a","b"],"version":"V2","ipv4_address":"169.254.1.1","imds_compat":true}"#;
-    let (mmds, deprecated) = config(all);
-    assert_eq!((mmds.version, mmds.imds_compat, deprecated), (MmdsVersion::V2, true, false));
-    for (body, named) in [
-        (r#"{"network_interfaces":[]}"#, "network_interfaces is empty"),
-        (r#"{"network_interfaces":["a"],"ipv4_address":"10.0.0.1"}"#, "10.0.0.1 is not link-local"),
-        (r#"{"network_interfaces":["a"],"ipv4_address":"169.254.0.255"}"#, "169.254.0.255 is not link-local"),
-        (r#"{"network_interfaces":["a"],"ipv4_address":"169.254.255.0"}"#, "169.254.255.0 is not link-local"),
-        (r#"{"network_interfaces":["a"],"ipv4_address":"x"}"#, "IPv4"),
-        (r#"{"network_interfaces":["a"],"version":"V3"}"#, "unknown variant `V3`"),
-        (r#"{"network_interfaces":["a"],"v":1}"#, "unknown field `v`"),
-    ] {
-        let message = refusal(Method::PUT, "/mmds/config", body);
-        assert!(message.contains(named), "{message}");
-    }
-}
-
-#[test]
 fn what_this_release_does_not_do_is_said_plainly() {
     for (method, path, said) in [
-        (Method::PUT, "/vsock", "PUT /vsock is not available in this release."),
+        (Method::GET, "/mmds", "GET /mmds is not available in this release."),
         (Method::PUT, "/snapshot/load", "PUT /snapshot/load is not available in this release."),
         (Method::PUT, "/cpu-config", "PUT /cpu-config is not available in this release."),
         (Method::PATCH, "/balloon/statistics", "outside the scope"),
@@ -232,10 +229,10 @@ fn configure(commands: Vec<Command>) -> VmConfig {
             Command::SetBootSource(source) => config.boot_source = Some(source),
             Command::SetDrive(drive) => config.set_drive(drive).unwrap(),
             Command::SetNetworkInterface(interface) => config.set_network_interface(*interface).unwrap(),
+            Command::SetVsock(vsock) => config.set_vsock(vsock).unwrap(),
             Command::SetSerial(serial) => config.serial = Some(serial),
             Command::SetLogger(logger) => config.logger = Some(logger),
             Command::SetMetrics(metrics) => config.metrics = Some(metrics),
-            Command::SetMmds(mmds) => config.mmds = Some(mmds),
             other => panic!("{other:?}"),
         }
     }
@@ -277,9 +274,10 @@ fn a_published_configuration_file_is_understood() {
 fn a_configuration_file_with_what_is_not_there_is_refused() {
     for (file, named) in [
         (r#"{"network-interfaces": [{}]}"#, "missing field `iface_id`"),
-        (r#"{"vsock": {"guest_cid": 3}}"#, "vsock is not available"),
+        (r#"{"vsock": {"guest_cid": 3}}"#, "missing field `uds_path`"),
+        (r#"{"vsock": {"guest_cid": 2, "uds_path": "v"}}"#, "guest_cid is 2"),
         (r#"{"cpu-config": "t.json"}"#, "cpu-config is not available"),
-        (r#"{"mmds-config": {}}"#, "missing field `network_interfaces`"),
+        (r#"{"mmds-config": {}}"#, "mmds-config is not available"),
         (r#"{"balloon": {}}"#, "balloon is outside the scope"),
         (r#"{"entropy": {}}"#, "entropy is outside the scope"),
         (r#"{"pmem": [1]}"#, "pmem is outside the scope"),
@@ -372,7 +370,6 @@ prop_compose! {
         serial in proptest::option::of((proptest::option::of("\\PC{1,12}"), bucket())),
         properties in proptest::collection::btree_map("\\PC{0,8}", "\\PC{0,8}", 0..3),
         module in proptest::option::of("\\PC{0,8}"),
-        mmds in proptest::option::of(any::<(bool, bool, u8)>()),
     ) -> VmConfig {
         let huge_pages = if huge { HugePages::Size2M } else { HugePages::Transparent };
         let mut config = VmConfig {
@@ -391,12 +388,6 @@ prop_compose! {
             }),
             metrics: Some(MetricsConfig {
                 metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
-            }),
-            mmds: mmds.map(|(v2, imds_compat, host)| MmdsConfig {
-                network_interfaces: vec!["eth0".into()],
-                version: if v2 { MmdsVersion::V2 } else { MmdsVersion::V1 },
-                ipv4_address: std::net::Ipv4Addr::new(169, 254, 1, host),
-                imds_compat,
             }),
             ..Default::default()
         };

@@ -98,6 +98,45 @@ impl IoVecs {
         Some(byte)
     }
 
+    /// Appends what follows the first `skip` bytes of `other`.
+    pub fn append_from(&mut self, other: &Self, skip: usize) {
+        let mut skip = skip;
+        for vec in other.as_slice() {
+            let step = skip.min(vec.iov_len);
+            skip -= step;
+            self.push(vec.iov_base.wrapping_byte_add(step).cast(), vec.iov_len - step);
+        }
+    }
+
+    /// Drops what is behind the first `length` bytes.
+    pub fn truncate(&mut self, length: u64) {
+        while self.len > length {
+            let Some(vec) = self.vecs.last_mut() else { return };
+            let step = (self.len - length).min(vec.iov_len as u64);
+            vec.iov_len -= step as usize;
+            self.len -= step;
+            if vec.iov_len == 0 {
+                self.vecs.pop();
+            }
+        }
+    }
+
+    /// Copies everything to the end of `data`, and consumes it.
+    ///
+    /// # Safety
+    ///
+    /// The guest memory the buffers came from is alive.
+    pub unsafe fn read_to(&mut self, data: &mut Vec<u8>) {
+        for vec in self.as_slice() {
+            let start = data.len();
+            data.resize(start + vec.iov_len, 0);
+            // SAFETY: an entry lies within guest RAM, alive by this function's contract.
+            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), vec.iov_len) };
+            slice.copy_to(&mut data[start..]);
+        }
+        self.clear();
+    }
+
     /// Copies `N` bytes out, once, and consumes them. `None`, and nothing consumed, if there are fewer.
     ///
     /// # Safety
@@ -122,25 +161,6 @@ impl IoVecs {
         }
         self.advance(N as u64);
         Some(data)
-    }
-
-    /// Copies out, once, and consumes up to as many bytes as `data` holds. Returns how many.
-    ///
-    /// # Safety
-    ///
-    /// The guest memory the buffers came from is alive.
-    pub unsafe fn read_slice(&mut self, data: &mut [u8]) -> usize {
-        let mut done = 0;
-        for vec in self.as_slice() {
-            // SAFETY: an entry lies within guest RAM, alive by this function's contract.
-            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), vec.iov_len) };
-            done += slice.copy_to(&mut data[done..]);
-            if done == data.len() {
-                break;
-            }
-        }
-        self.advance(done as u64);
-        done
     }
 
     /// Overwrites with `data` what is `offset` bytes from the front, and consumes nothing.

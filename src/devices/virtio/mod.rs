@@ -24,6 +24,7 @@ mod tests;
 mod tests_races;
 #[cfg(test)]
 mod tests_random;
+pub mod vsock;
 mod window;
 
 use std::fmt;
@@ -38,6 +39,7 @@ pub use mmio::{ConfigChange, VirtioMmio};
 pub use net::Net;
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
+pub use vsock::Vsock;
 pub use window::{Window, Windows};
 
 /// The device's side of its interrupt (virtio 1.2 §4.2.2, registers InterruptStatus and
@@ -112,6 +114,8 @@ pub enum Kind {
     Net = 1,
     /// Block device.
     Block = 2,
+    /// Socket device.
+    Vsock = 19,
 }
 
 impl fmt::Display for Kind {
@@ -119,6 +123,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Kind::Net => "net",
             Kind::Block => "block",
+            Kind::Vsock => "vsock",
         })
     }
 }
@@ -176,10 +181,13 @@ pub enum Violation {
     /// What the device stands on refuses what was acknowledged.
     #[error("the host refuses what the driver acknowledged")]
     Backend,
+    /// A packet shorter than its header or than its header says, or a buffer that is too short for one (§5.10.6).
+    #[error("the packet or packet buffer at head {0} is too short")]
+    Packet(u16),
 }
 
 /// What is left when an event was handled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Progress {
     /// Nothing; another event will come.
     Idle,
@@ -221,6 +229,8 @@ pub enum Device {
     Block(Box<Block>),
     /// virtio-net.
     Net(Box<Net>),
+    /// virtio-vsock.
+    Vsock(Box<Vsock>),
 }
 
 /// One match per operation, so that a new kind cannot be forgotten anywhere.
@@ -229,6 +239,7 @@ macro_rules! each {
         match $self {
             Device::Block($device) => $call,
             Device::Net($device) => $call,
+            Device::Vsock($device) => $call,
         }
     };
 }

@@ -193,8 +193,22 @@ impl Virtqueue {
 
     /// Interrupts the driver if it wants to know of what was used since the last time (§2.7.7, §2.7.10).
     pub fn announce(&mut self) {
+        if self.is_awaited() {
+            self.interrupt.raise(INTERRUPT_USED_BUFFER);
+        }
+    }
+
+    /// Interrupts the driver at most once for what was used in this queue and in `other` of the same device.
+    pub fn announce_with(&mut self, other: &mut Self) {
+        if self.is_awaited() | other.is_awaited() {
+            self.interrupt.raise(INTERRUPT_USED_BUFFER);
+        }
+    }
+
+    /// Whether the driver wants to know of what was used since it was asked last.
+    fn is_awaited(&mut self) -> bool {
         if self.unannounced == self.next_used {
-            return;
+            return false;
         }
         // The used index has to be out before the driver's wish is read: it looks again after
         // it has changed its wish.
@@ -207,9 +221,7 @@ impl Virtqueue {
             u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
         };
         self.unannounced = self.next_used;
-        if wanted {
-            self.interrupt.raise(INTERRUPT_USED_BUFFER);
-        }
+        wanted
     }
 
     /// Whether the driver has offered something since the last look. If not, it will notify.

@@ -1,4 +1,5 @@
-//! The API's Unix socket: bound without a moment in which a client could find it deaf.
+//! Unix sockets that appear in the file system when they listen, without a moment in which a client could find them
+//! deaf: the API's and vsock's.
 
 use std::fs;
 use std::io;
@@ -13,7 +14,16 @@ use socket2::{Domain, SockAddr, Socket, Type};
 /// Longest path of a socket in bytes (`sun_path` without the terminating NUL, unix(7)).
 const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted.
-const BACKLOG: i32 = 16;
+const BACKLOG: i32 = 128;
+
+/// What happens to a socket that exists already and that nobody listens on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is replaced.
+    Replaced,
+    /// It is refused like anything else that exists.
+    Refused,
+}
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +39,9 @@ pub enum SocketError {
     /// Something else lives there.
     #[error("{0} exists and is not a socket; remove it or choose another path")]
     NotASocket(PathBuf),
+    /// Something lives there, which is not replaced.
+    #[error("{0} exists; remove it or choose another path")]
+    Exists(PathBuf),
     /// Another process serves it.
     #[error("{0} is in use by another process; stop it or choose another path")]
     InUse(PathBuf),
@@ -56,26 +69,38 @@ pub struct SocketFile {
     inode: u64,
 }
 
+impl SocketFile {
+    /// Whether the path still leads to our socket.
+    pub fn is_ours(&self) -> bool {
+        let ours = |found: fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
+        fs::symlink_metadata(&self.path).is_ok_and(ours)
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = |found: fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
+        if self.is_ours() {
             // Nobody is left to be told.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Binds a socket at `path`, mode 0600. It appears there once it listens; a socket that nobody
-/// listens on any more is replaced.
+/// Binds a socket at `path`, mode 0600. It appears there once it listens; `existing` says what becomes of a
+/// socket that nobody listens on any more.
 ///
 /// # Errors
 /// The path is too long, in use, or no socket; or a system call failed.
-pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
+pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile), SocketError> {
     let system = |what| move |source| SocketError::System { what, path: path.to_owned(), source };
     let temporary = path.with_file_name(format!(".{}", std::process::id()));
     let address = address(&temporary)?;
-    check_vacant(path, &self::address(path)?)?;
+    let final_address = self::address(path)?;
+    match existing {
+        Existing::Replaced => check_vacant(path, &final_address)?,
+        Existing::Refused if fs::symlink_metadata(path).is_ok() => return Err(SocketError::Exists(path.to_owned())),
+        Existing::Refused => {}
+    }
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(system("create"))?;
     // Linux takes the mode of the file to be from the socket (unix(7)): there is no moment in which
     // it is open to others, and no umask, which all threads share, to change.
@@ -90,7 +115,14 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
     let publish = || {
         socket.listen(BACKLOG)?;
         let metadata = fs::symlink_metadata(&temporary)?;
-        fs::rename(&temporary, path)?;
+        match existing {
+            Existing::Replaced => fs::rename(&temporary, path)?,
+            // Unlike a rename it fails where something has come into being meanwhile.
+            Existing::Refused => {
+                fs::hard_link(&temporary, path)?;
+                fs::remove_file(&temporary)?;
+            }
+        }
         Ok(SocketFile { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() })
     };
     let file = publish().inspect_err(|_| _ = fs::remove_file(&temporary)).map_err(system("publish"))?;
@@ -161,7 +193,7 @@ mod tests {
     fn the_socket_listens_when_it_appears_and_goes_when_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let (listener, file) = bind(&path).unwrap();
+        let (listener, file) = bind(&path, Existing::Replaced).unwrap();
         UnixStream::connect(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -174,11 +206,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         drop(UnixListener::bind(&path).unwrap());
-        let (_listener, file) = bind(&path).unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        let (_listener, file) = bind(&path, Existing::Replaced).unwrap();
+        assert!(matches!(bind(&path, Existing::Replaced), Err(SocketError::InUse(_))));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         UnixStream::connect(&path).unwrap();
         drop(file);
+    }
+
+    #[test]
+    fn what_must_not_be_replaced_is_refused_whatever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let refused = bind(&path, Existing::Refused).unwrap_err();
+        assert!(matches!(refused, SocketError::Exists(_)) && refused.to_string().contains("v.sock"), "{refused}");
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), &path).unwrap();
+        assert!(matches!(bind(&path, Existing::Refused), Err(SocketError::Exists(_))));
+        fs::remove_file(&path).unwrap();
+        let (_listener, file) = bind(&path, Existing::Refused).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        UnixStream::connect(&path).unwrap();
+        assert!(file.is_ours());
+        drop(file);
+        assert!(!path.exists());
     }
 
     #[test]
@@ -189,7 +240,7 @@ mod tests {
         live.bind(&SockAddr::unix(&path).unwrap()).unwrap();
         live.listen(0).unwrap();
         let _waiting = UnixStream::connect(&path).unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        assert!(matches!(bind(&path, Existing::Replaced), Err(SocketError::InUse(_))));
     }
 
     #[test]
@@ -199,22 +250,22 @@ mod tests {
         fs::write(&file, "precious").unwrap();
         std::os::unix::fs::symlink(&file, &link).unwrap();
         for path in [&file, &link, &dir.path().to_owned()] {
-            assert!(matches!(bind(path), Err(SocketError::NotASocket(_))), "{path:?}");
+            assert!(matches!(bind(path, Existing::Replaced), Err(SocketError::NotASocket(_))), "{path:?}");
         }
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
         let datagram = dir.path().join("datagram");
         let _other = UnixDatagram::bind(&datagram).unwrap();
-        assert!(matches!(bind(&datagram), Err(SocketError::System { what: "probe", .. })));
+        assert!(matches!(bind(&datagram, Existing::Replaced), Err(SocketError::System { what: "probe", .. })));
     }
 
     #[test]
     fn a_path_too_long_or_in_no_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let fitting = MAX_PATH - dir.path().as_os_str().len() - 1;
-        drop(bind(&dir.path().join("x".repeat(fitting))).unwrap());
-        let long = bind(&dir.path().join("x".repeat(fitting + 1))).unwrap_err();
+        drop(bind(&dir.path().join("x".repeat(fitting)), Existing::Replaced).unwrap());
+        let long = bind(&dir.path().join("x".repeat(fitting + 1)), Existing::Replaced).unwrap_err();
         assert!(matches!(long, SocketError::PathTooLong { length: 108, .. }), "{long}");
-        let nowhere = bind(&dir.path().join("missing/api.sock")).unwrap_err();
+        let nowhere = bind(&dir.path().join("missing/api.sock"), Existing::Replaced).unwrap_err();
         assert!(matches!(nowhere, SocketError::System { what: "bind", .. }), "{nowhere}");
     }
 
@@ -222,9 +273,9 @@ mod tests {
     fn a_successor_at_the_same_path_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let (listener, file) = bind(&path).unwrap();
+        let (listener, file) = bind(&path, Existing::Replaced).unwrap();
         drop(listener);
-        let successor = bind(&path).unwrap();
+        let successor = bind(&path, Existing::Replaced).unwrap();
         drop(file);
         assert!(path.exists());
         drop(successor);

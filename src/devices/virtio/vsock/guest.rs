@@ -1,0 +1,205 @@
+//! The guest's side: packets out of the tx queue, packets and data into the rx queue.
+
+use std::io;
+
+use super::muxer::{Link, Muxer};
+use super::packet::{Credit, Done, HEADER_SIZE, Op, Packet, header};
+use crate::devices::virtio::{Buffers, IoVecs, Progress, Violation, Virtqueue};
+use crate::metrics::METRICS;
+
+/// Packets taken from the guest before other devices run.
+const TX_BUDGET: usize = 64;
+/// Buffers given to the guest before other devices run.
+const RX_BUDGET: usize = 256;
+/// Buffers filled for one connection before the next has its turn.
+const TURN: usize = 32;
+
+/// What the driver handed over, and what is kept to use it without allocating.
+pub struct Queues {
+    rx: Virtqueue,
+    tx: Virtqueue,
+    packet: Buffers,
+    /// Buffers of the guest that are being filled.
+    chains: Vec<Chain>,
+    payload: IoVecs,
+}
+
+#[derive(Default)]
+struct Chain {
+    head: u16,
+    buffers: Buffers,
+}
+
+/// Whether the guest had room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Enough,
+    /// It will notify when it has.
+    Lacking,
+}
+
+impl Queues {
+    /// Of the queues rx, tx and event; the last is not used.
+    pub fn new(queues: Vec<Virtqueue>) -> Option<Self> {
+        let mut queues = queues.into_iter();
+        let (rx, tx) = (queues.next()?, queues.next()?);
+        Some(Self { rx, tx, packet: Buffers::default(), chains: Vec::new(), payload: IoVecs::default() })
+    }
+
+    /// Handles packets from the guest until there is none, the batch is full, or too much is owed to it.
+    pub fn take_packets(&mut self, muxer: &mut Muxer, guest_cid: u64) -> Result<Progress, Violation> {
+        for _ in 0..TX_BUDGET {
+            if !muxer.takes_packets() {
+                return Ok(Progress::Idle);
+            }
+            let Some(head) = self.tx.pop(&mut self.packet)? else { return Ok(Progress::Idle) };
+            let payload = &mut self.packet.readable;
+            // SAFETY: the buffers are fresh from the queue, which keeps the memory.
+            let Some(bytes) = (unsafe { payload.read::<HEADER_SIZE>() }) else { return Err(Violation::Packet(head)) };
+            METRICS.vsock.tx_packets_count.inc();
+            if let Some(packet) = Packet::parse(&bytes, guest_cid) {
+                if u64::from(packet.length) > payload.len() {
+                    return Err(Violation::Packet(head));
+                }
+                payload.truncate(packet.length.into());
+                // SAFETY: as above.
+                unsafe { muxer.on_packet(&packet, payload) };
+            }
+            self.tx.add_used(head, 0);
+        }
+        Ok(Progress::More)
+    }
+
+    /// Sends what is owed and what host peers have sent, until there is nothing, the batch is full, or the guest has
+    /// no room.
+    pub fn send_packets(&mut self, muxer: &mut Muxer, guest_cid: u64) -> Result<Progress, Violation> {
+        let mut budget = RX_BUDGET;
+        while budget > 0 {
+            if let Some(ports) = muxer.owed_reset() {
+                if self.reserve(1)? == 0 {
+                    return Ok(Progress::Idle);
+                }
+                self.fill(0, &header(guest_cid, ports, Op::Reset, 0, Credit::default()), 0);
+                muxer.reset_sent();
+                budget -= 1;
+                continue;
+            }
+            let Some(slot) = muxer.first_ready() else { return Ok(Progress::Idle) };
+            let room = match muxer.link(slot) {
+                Some(link) => self.serve(link, guest_cid, &mut budget)?,
+                None => Room::Enough,
+            };
+            if room == Room::Lacking {
+                return Ok(Progress::Idle);
+            }
+            muxer.had_turn(slot);
+        }
+        Ok(Progress::More)
+    }
+
+    /// Tells the driver, at most once, what was used.
+    pub fn announce(&mut self) {
+        self.rx.announce_with(&mut self.tx);
+    }
+
+    /// Sends what a connection owes, then data, as far as one turn goes.
+    fn serve(&mut self, link: &mut Link, guest_cid: u64, budget: &mut usize) -> Result<Room, Violation> {
+        while link.connection.owes() {
+            if self.reserve(1)? == 0 {
+                return Ok(Room::Lacking);
+            }
+            let Some(op) = link.connection.take_owed() else {
+                self.give_back(1);
+                break;
+            };
+            let credit = link.connection.announce();
+            self.fill(0, &header(guest_cid, link.connection.ports(), op, 0, credit), 0);
+            *budget = budget.saturating_sub(1);
+        }
+        let mut burst = 0;
+        while link.has_something() && burst < TURN && *budget > 0 {
+            let reserved = self.reserve(link.appetite.min(TURN - burst).min(*budget))?;
+            if reserved == 0 {
+                return Ok(Room::Lacking);
+            }
+            let filled = self.receive(link, reserved, guest_cid);
+            self.give_back(reserved - filled);
+            burst += filled;
+            *budget -= filled;
+            // What is sent at a time tends to be as much as the last time: it is read at once then.
+            link.appetite = if link.readable { link.appetite * 4 } else { burst }.clamp(1, TURN);
+            if filled == 0 {
+                break;
+            }
+        }
+        Ok(Room::Enough)
+    }
+
+    /// Reads from the host peer into the first `reserved` chains. Returns how many it filled.
+    fn receive(&mut self, link: &mut Link, reserved: usize, guest_cid: u64) -> usize {
+        let Some(peer) = &link.peer else { return 0 };
+        self.payload.clear();
+        for chain in &self.chains[..reserved] {
+            self.payload.append_from(&chain.buffers.writable, HEADER_SIZE);
+        }
+        self.payload.truncate(link.connection.window().into());
+        // SAFETY: the buffers are fresh from the queue, which keeps the memory.
+        let (count, drained) = match unsafe { peer.read(&self.payload) } {
+            Ok((0, _)) => {
+                link.readable = false;
+                link.connection.on_host_done(if link.hung_up { Done::BOTH } else { Done::SEND });
+                return 0;
+            }
+            Ok(read) => read,
+            Err(error) => {
+                link.readable = false;
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    METRICS.vsock.rx_read_fails.inc();
+                    link.connection.on_host_done(Done::BOTH);
+                }
+                return 0;
+            }
+        };
+        link.readable = !drained || link.ending;
+        link.connection.on_sent(count as u32);
+        METRICS.vsock.rx_bytes_count.add(count as u64);
+        let (ports, credit) = (link.connection.ports(), link.connection.announce());
+        let (mut left, mut filled) = (count as u64, 0);
+        while left > 0 && filled < reserved {
+            let length = left.min(self.chains[filled].buffers.writable.len() - HEADER_SIZE as u64);
+            self.fill(filled, &header(guest_cid, ports, Op::Data, length as u32, credit), length as u32);
+            left -= length;
+            filled += 1;
+        }
+        filled
+    }
+
+    /// Takes up to `count` buffers of the guest. Returns how many there were.
+    fn reserve(&mut self, count: usize) -> Result<usize, Violation> {
+        self.chains.resize_with(count.max(self.chains.len()), Chain::default);
+        for (taken, chain) in self.chains[..count].iter_mut().enumerate() {
+            let Some(head) = self.rx.pop(&mut chain.buffers)? else { return Ok(taken) };
+            if chain.buffers.writable.len() <= HEADER_SIZE as u64 {
+                return Err(Violation::Packet(head));
+            }
+            chain.head = head;
+        }
+        Ok(count)
+    }
+
+    /// Gives the last `count` buffers back that were not filled.
+    fn give_back(&mut self, count: usize) {
+        for _ in 0..count {
+            self.rx.undo_pop();
+        }
+    }
+
+    /// Completes a packet whose `length` bytes of data are in place.
+    fn fill(&mut self, chain: usize, header: &[u8; HEADER_SIZE], length: u32) {
+        let Chain { head, buffers } = &mut self.chains[chain];
+        // SAFETY: the buffers came from the queue, which keeps the memory.
+        unsafe { buffers.writable.write(header) };
+        self.rx.add_used(*head, HEADER_SIZE as u32 + length);
+        METRICS.vsock.rx_packets_count.inc();
+    }
+}

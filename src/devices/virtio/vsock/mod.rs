@@ -1,0 +1,151 @@
+//! virtio-vsock (virtio 1.2 §5.10): stream sockets between the guest and host processes on Unix sockets.
+//!
+//! - Host to guest: a process connects to `uds_path`, sends `CONNECT port\n` and reads `OK hostport\n`; where the
+//!   guest does not accept, its connection is closed.
+//! - Guest to host: a connection to CID 2 and a port goes to the socket `uds_path_port`; where nobody listens, or
+//!   as many wait there as it takes, the guest's connection is reset.
+//!
+//! ```text
+//!  guest ──rx, tx queues──▶ Vsock ──packets──▶ Muxer ──▶ Link = Connection (state) + Peer (Unix socket)
+//! ```
+//!
+//! Data moves between Unix socket and guest memory without a copy in between; only what a peer does not take
+//! at once is kept here, within the credit that the guest was given. The event queue stays empty: there is nothing
+//! to report to a guest that is never moved.
+//!
+//! System calls after the start: `epoll_wait`, `epoll_ctl`, `accept4`, `recvfrom`, `recvmsg`, `sendmsg`, `socket`,
+//! `connect`, `shutdown`, `close`, `timerfd_settime`, and `clock_gettime` where the vDSO has none.
+
+mod connection;
+mod guest;
+mod host;
+mod muxer;
+mod packet;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+
+use self::guest::Queues;
+use self::muxer::Muxer;
+use super::{Activation, Kind, Progress, Source, Violation, VirtioDevice};
+use crate::config::VsockConfig;
+use crate::metrics::METRICS;
+
+/// VIRTIO_VSOCK_F_STREAM.
+const F_STREAM: u64 = 1 << 0;
+/// Sizes of the queues rx, tx and event. The driver fills the rx queue with buffers, one page each, at boot.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+/// Source tag: something happened on the host's side.
+const HOST: u8 = 1;
+
+/// The device.
+pub struct Vsock {
+    guest_cid: u64,
+    muxer: Muxer,
+    /// The host's side has to be looked at without an event.
+    unpolled: bool,
+    active: Option<Queues>,
+    /// The driver wants no more; the vmm thread has still to close the connections.
+    stopped: bool,
+}
+
+impl Vsock {
+    /// The device of the guest with the configured CID, whose host processes connect through `listener`.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptor left.
+    pub fn new(config: &VsockConfig, listener: UnixListener) -> io::Result<Self> {
+        Ok(Self {
+            guest_cid: config.guest_cid.into(),
+            muxer: Muxer::new(config.uds_path.clone(), listener)?,
+            unpolled: true,
+            active: None,
+            stopped: false,
+        })
+    }
+
+    fn exchange(&mut self, tag: u8) -> Result<Progress, Violation> {
+        let Some(queues) = &mut self.active else {
+            self.unpolled = true;
+            return Ok(Progress::Idle);
+        };
+        let (muxer, guest) = (&mut self.muxer, self.guest_cid);
+        if tag == HOST || self.unpolled {
+            self.unpolled = muxer.poll();
+        }
+        let mut progress = if self.unpolled { Progress::More } else { Progress::Idle };
+        if tag != HOST {
+            METRICS.vsock.queue_event_count.inc();
+            let taken = queues.take_packets(muxer, guest)?;
+            progress = progress.max(taken);
+        }
+        let held_back = !muxer.takes_packets();
+        let sent = queues.send_packets(muxer, guest)?;
+        progress = progress.max(sent);
+        if held_back && muxer.takes_packets() {
+            progress = Progress::More;
+        }
+        queues.announce();
+        Ok(progress)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> Kind {
+        Kind::Vsock
+    }
+
+    fn features(&self) -> u64 {
+        F_STREAM
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &QUEUE_SIZES
+    }
+
+    /// The guest's CID (§5.10.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.guest_cid.to_le_bytes();
+        let tail = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(tail) {
+            *to = *from;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.active = Queues::new(activation.queues);
+    }
+
+    fn reset(&mut self) -> bool {
+        self.active = None;
+        self.stopped = !self.muxer.is_clear();
+        !self.stopped
+    }
+
+    fn on_event(&mut self, tag: u8) -> Result<Progress, Violation> {
+        if self.stopped {
+            self.muxer.clear();
+            self.stopped = false;
+        }
+        // A guest that has to reset the device has lost its connections.
+        self.exchange(tag).inspect_err(|_| self.muxer.clear())
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source { tag: HOST, fd: self.muxer.as_raw_fd() }]
+    }
+
+    /// Nothing is ever in flight: what an event has begun is done when it returns.
+    fn quiesce(&mut self) {}
+
+    fn count_violation(&self) {
+        METRICS.vsock.needs_reset.inc();
+    }
+}
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
