@@ -44,6 +44,10 @@ pub struct Options {
     pub boot_timer: bool,
     /// Most bytes of an API request's body.
     pub max_payload: usize,
+    /// Most bytes of metadata, as JSON; like `max_payload` if `None`.
+    pub mmds_limit: Option<usize>,
+    /// Metadata to start with: a JSON file.
+    pub metadata: Option<PathBuf>,
     /// Monotonic clock when the launcher began to start the process, in microseconds.
     pub start_time_us: Option<u64>,
     /// CPU clock of the process when the launcher executed it, in microseconds.
@@ -63,6 +67,8 @@ impl Default for Options {
             metrics_path: None,
             boot_timer: false,
             max_payload: DEFAULT_MAX_PAYLOAD,
+            mmds_limit: None,
+            metadata: None,
             start_time_us: None,
             start_time_cpu_us: None,
             parent_cpu_time_us: None,
@@ -133,6 +139,12 @@ const FLAGS: &[Flag] = &[
     Flag("metrics-path", "PATH", "write metrics to a file or FIFO, a JSON line every 60 seconds"),
     Flag("boot-timer", "", "log how long the guest took until it wrote to the boot timer"),
     Flag("http-api-max-payload-size", "BYTES", "refuse API requests with a larger body [default: 51200]"),
+    Flag(
+        "mmds-size-limit",
+        "BYTES",
+        "refuse metadata that is larger as JSON\n[default: as --http-api-max-payload-size]",
+    ),
+    Flag("metadata", "PATH", "begin with the metadata in a JSON file"),
     Flag("start-time-us", "US", "for launchers: monotonic clock when the process was being started"),
     Flag("start-time-cpu-us", "US", "for launchers: CPU clock of the process when it was executed"),
     Flag("parent-cpu-time-us", "US", "for launchers: CPU time spent before the process was executed"),
@@ -143,17 +155,8 @@ const FLAGS: &[Flag] = &[
 ];
 
 /// Flags of later releases.
-const UNAVAILABLE: &[&str] = &[
-    "metadata",
-    "mmds-size-limit",
-    "seccomp-filter",
-    "snapshot-version",
-    "describe-snapshot",
-    "prepare",
-    "kvm-fd",
-    "allow-path",
-    "landlock-abi",
-];
+const UNAVAILABLE: &[&str] =
+    &["seccomp-filter", "snapshot-version", "describe-snapshot", "prepare", "kvm-fd", "allow-path", "landlock-abi"];
 
 fn value_of(flag: &str) -> &'static str {
     FLAGS.iter().find(|known| known.0 == flag).map_or("", |known| known.1)
@@ -259,6 +262,10 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         "http-api-max-payload-size" => {
             options.max_payload = value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"))?;
         }
+        "mmds-size-limit" => {
+            options.mmds_limit = Some(value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"))?);
+        }
+        "metadata" => options.metadata = Some(value.into()),
         "start-time-us" => options.start_time_us = Some(number()?),
         "start-time-cpu-us" => options.start_time_cpu_us = Some(number()?),
         "parent-cpu-time-us" => options.parent_cpu_time_us = Some(number()?),
@@ -323,7 +330,8 @@ mod tests {
     fn a_launcher_says_what_it_wants() {
         let line = "--id vm-1 --api-sock=/tmp/a --start-time-us 12 --start-time-cpu-us 3 --parent-cpu-time-us=4 \
              --log-path /tmp/log --level warn --show-level --show-log-origin --module vesicle::api --boot-timer \
-             --metrics-path m --http-api-max-payload-size 100 --no-seccomp --no-landlock";
+             --metrics-path m --http-api-max-payload-size 100 --mmds-size-limit 200 --metadata m.json \
+             --no-seccomp --no-landlock";
         let logger = LoggerConfig {
             log_path: Some("/tmp/log".into()),
             level: Some(log::LevelFilter::Warn),
@@ -340,6 +348,8 @@ mod tests {
             metrics_path: Some("m".into()),
             boot_timer: true,
             max_payload: 100,
+            mmds_limit: Some(200),
+            metadata: Some("m.json".into()),
             start_time_us: Some(12),
             start_time_cpu_us: Some(3),
             parent_cpu_time_us: Some(4),
@@ -367,6 +377,7 @@ mod tests {
             ("--pass-fd x", "--pass-fd \"x\": must be the number of a descriptor above 2"),
             ("--pass-fd 2", "--pass-fd \"2\": must be the number of a descriptor above 2"),
             ("--pass-fd 3 --pass-fd 3", "--pass-fd \"3\": is given twice"),
+            ("--mmds-size-limit -1", "--mmds-size-limit \"-1\": must be a number of bytes"),
             ("--start-time-us -1", "--start-time-us \"-1\": must be a number of microseconds"),
             ("--http-api-max-payload-size 1k", "--http-api-max-payload-size \"1k\": must be a number of bytes"),
         ] {

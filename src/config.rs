@@ -2,11 +2,14 @@
 //!
 //! Paths are data here; the vmm thread opens them when it accepts the configuration.
 
+mod mmds;
 mod net;
 mod vsock;
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use vsock::{GuestCid, VsockConfig};
 
@@ -95,6 +98,15 @@ pub enum ConfigError {
     /// A PATCH that changes nothing is a mistake.
     #[error("nothing to change: {0}")]
     EmptyUpdate(&'static str),
+    /// The service would be reachable from nowhere.
+    #[error("network_interfaces is empty; name the interfaces that reach the metadata service")]
+    MmdsWithoutInterface,
+    /// An interface that does not exist.
+    #[error("network_interfaces names `{0}`, which does not exist; PUT /network-interfaces/{0} first")]
+    MmdsInterface(String),
+    /// Not in 169.254.1.0 to 169.254.254.255.
+    #[error("ipv4_address {0} is not link-local; use one from 169.254.1.0 to 169.254.254.255")]
+    MmdsAddress(Ipv4Addr),
     /// Known to the API, not to this release.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -438,6 +450,8 @@ pub struct VmConfig {
     pub logger: Option<LoggerConfig>,
     /// Metrics.
     pub metrics: Option<MetricsConfig>,
+    /// Metadata service.
+    pub mmds: Option<MmdsConfig>,
 }
 
 impl VmConfig {
@@ -465,6 +479,22 @@ impl VmConfig {
             None => self.network_interfaces.push(interface),
         }
         Ok(())
+    }
+
+    /// Replaces the configuration of the metadata service.
+    ///
+    /// # Errors
+    /// It names an interface that does not exist; nothing changed then.
+    pub fn set_mmds(&mut self, mmds: MmdsConfig) -> Result<(), ConfigError> {
+        if let Some(id) = mmds.network_interfaces.iter().find(|id| !self.has_interface(id)) {
+            return Err(ConfigError::MmdsInterface(id.clone()));
+        }
+        self.mmds = Some(mmds);
+        Ok(())
+    }
+
+    fn has_interface(&self, id: &str) -> bool {
+        self.network_interfaces.iter().any(|interface| interface.iface_id == id)
     }
 
     /// Sets or replaces the vsock device.

@@ -10,12 +10,13 @@
 use std::io;
 use std::sync::{Arc, mpsc};
 
+use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
     BootSource, ConfigError, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig, MetricsConfig,
-    NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
+    MmdsConfig, NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
 };
 
 /// Where the microVM is in its life.
@@ -56,6 +57,14 @@ pub enum Command {
     SetSerial(SerialConfig),
     /// Configure the log.
     SetLogger(LoggerConfig),
+    /// Replace the configuration of the metadata service.
+    SetMmds(MmdsConfig),
+    /// The metadata.
+    GetMetadata,
+    /// Replace the metadata.
+    PutMetadata(Value),
+    /// Change the metadata by a merge patch.
+    PatchMetadata(Value),
     /// Configure the metrics file, once.
     SetMetrics(MetricsConfig),
     /// Build the machine and run it.
@@ -79,6 +88,7 @@ impl Command {
         let configuring = lifecycle == Lifecycle::Configuring;
         match self {
             Self::GetInstance | Self::GetConfig => Ok(()),
+            Self::GetMetadata | Self::PutMetadata(_) | Self::PatchMetadata(_) => Ok(()),
             Self::SetBootSource(_)
             | Self::SetMachine(_)
             | Self::PatchMachine(_)
@@ -88,6 +98,7 @@ impl Command {
             | Self::SetSerial(_)
             | Self::SetLogger(_)
             | Self::SetMetrics(_)
+            | Self::SetMmds(_)
             | Self::Start
                 if !configuring =>
             {
@@ -154,6 +165,10 @@ pub enum Reply {
     },
     /// Answer to [`Command::GetConfig`].
     Config(Box<VmConfig>),
+    /// Answer to [`Command::GetMetadata`].
+    Metadata(Value),
+    /// Metadata that would be over its limit; nothing changed (413).
+    DoesNotFit(Refusal),
 }
 
 /// Why a command was refused: one sentence that names the field or path and says what to do.
@@ -266,6 +281,9 @@ mod tests {
         vec![
             (Command::GetInstance, "BA"),
             (Command::GetConfig, "BA"),
+            (Command::GetMetadata, "BA"),
+            (Command::PutMetadata(Value::Null), "BA"),
+            (Command::PatchMetadata(Value::Null), "BA"),
             (Command::SetMachine(MachineConfig::default()), "B"),
             (Command::PatchMachine(MachineUpdate::default()), "B"),
             (Command::SetVsock(VsockConfig { guest_cid: 3.try_into().unwrap(), uds_path: "v".into() }), "B"),

@@ -23,6 +23,7 @@
 //! | [`boot`] | kernel images, command line, boot parameters, ACPI and MP tables |
 //! | [`kvm`] | the VM and its vCPUs: the only architecture-specific place beside `boot` |
 //! | [`devices`] | what the guest sees |
+//! | [`mmds`] | the metadata service behind the guest's network device |
 //! | [`memory`] | guest RAM: layout and backing |
 //! | [`config`] | the validated configuration and every limit |
 //! | [`metrics`], [`log`] | what the operator sees |
@@ -30,7 +31,7 @@
 //! | [`signals`] | how the process ends when somebody else wants it to |
 //!
 //! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices} →
-//! memory → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
+//! {memory, mmds} → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
 
 pub mod api;
 pub mod boot;
@@ -44,5 +45,6 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod mmds;
 pub mod signals;
 pub mod socket;

@@ -14,7 +14,7 @@ use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
 use vesicle::config::MetricsConfig;
-use vesicle::control::{self, Command, CommandSender, Event};
+use vesicle::control::{self, Command, CommandSender, Event, Reply};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};
@@ -95,7 +95,8 @@ fn prepare(options: &Options) -> Result<Prepared, Box<dyn std::error::Error>> {
     let (sender, receiver) = control::channel()?;
     let (subscribers, events) = broadcast::channel(EVENT_BACKLOG);
     let boot_timer = options.boot_timer.then(BootTimer::default);
-    let vmm = Vmm::new(options.id.clone(), boot_timer, receiver, subscribers, termination)?;
+    let mmds_limit = options.mmds_limit.unwrap_or(options.max_payload);
+    let vmm = Vmm::new(options.id.clone(), boot_timer, mmds_limit, receiver, subscribers, termination)?;
     Ok((vmm, sender, events))
 }
 
@@ -105,14 +106,20 @@ fn configure(vmm: &mut Vmm, options: &Options) {
     commands.extend(options.metrics_path.clone().map(|metrics_path| {
         Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
     }));
+    if let Some(path) = &options.metadata {
+        commands.push(metadata(path));
+    }
     if let Some(path) = &options.config_file {
         commands.extend(config_file(path));
         commands.push(Command::Start);
     }
     for command in commands {
-        if let Err(refusal) = vmm.execute(command) {
-            vmm.remove_sockets();
-            fail(BAD_CONFIGURATION, refusal);
+        match vmm.execute(command) {
+            Err(refusal) | Ok(Reply::DoesNotFit(refusal)) => {
+                vmm.remove_sockets();
+                fail(BAD_CONFIGURATION, refusal)
+            }
+            Ok(_) => {}
         }
     }
 }
@@ -123,6 +130,15 @@ fn config_file(path: &Path) -> Vec<Command> {
     let json = std::fs::read(path)
         .unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?} cannot be read: {error}")));
     config_commands(&json).unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--config-file {path:?}: {error}")))
+}
+
+/// Cold, for the same reason.
+#[cold]
+fn metadata(path: &Path) -> Command {
+    let read = || Ok::<_, Box<dyn std::error::Error>>(serde_json::from_slice(&std::fs::read(path)?)?);
+    Command::PutMetadata(
+        read().unwrap_or_else(|error| fail(BAD_CONFIGURATION, format!("--metadata {path:?}: {error}"))),
+    )
 }
 
 fn serve(

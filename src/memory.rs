@@ -318,8 +318,16 @@ fn reserve(gpa: u64, size: u64, huge_pages: HugePages) -> Result<GuestRegionMmap
     let region = GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or(Error::OutsideRam { gpa, len: size })?;
     let slice = region.as_volatile_slice().map_err(|_| Error::OutsideRam { gpa, len: size })?;
     advise(&slice, libc::MADV_DONTDUMP, "MADV_DONTDUMP")?;
-    if huge_pages == HugePages::Transparent {
-        advise(&slice, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE")?;
+    match huge_pages {
+        HugePages::Transparent => advise(&slice, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE")?,
+        // The pages below 1 MiB that are written before the guest runs must not make the host zero 2 MiB for them. A hint:
+        // hosts without transparent huge pages refuse it.
+        HugePages::None if gpa == 0 => {
+            if let Ok(low) = slice.subslice(0, slice.len().min(MIB as usize)) {
+                let _ = advise(&low, libc::MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE");
+            }
+        }
+        _ => {}
     }
     Ok(region)
 }

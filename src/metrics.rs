@@ -160,6 +160,8 @@ groups! {
         instance_info_count: Counter,
         /// Requests for the machine configuration.
         machine_cfg_count: Counter,
+        /// Requests for the metadata.
+        mmds_count: Counter,
         /// Requests for the version.
         vmm_version_count: Counter,
     }
@@ -185,6 +187,10 @@ groups! {
         machine_cfg_count: Counter,
         /// Machine configurations refused.
         machine_cfg_fails: Counter,
+        /// Metadata, and its configuration.
+        mmds_count: Counter,
+        /// The same refused.
+        mmds_fails: Counter,
         /// Metrics configurations.
         metrics_count: Counter,
         /// Metrics configurations refused.
@@ -216,6 +222,10 @@ groups! {
         network_count: Counter,
         /// Changes to network interfaces refused.
         network_fails: Counter,
+        /// Changes to the metadata.
+        mmds_count: Counter,
+        /// Changes to the metadata refused.
+        mmds_fails: Counter,
         /// Pauses and resumes.
         vm_count: Counter,
         /// Pauses and resumes refused.
@@ -254,6 +264,31 @@ groups! {
         exit_mmio_write: Counter,
         /// Exits that could not be handled.
         failures: Counter,
+    }
+    /// The metadata service.
+    Mmds {
+        /// Frames of the guest that were for the service.
+        rx_accepted: Counter,
+        /// Those of them that were dropped.
+        rx_accepted_err: Counter,
+        /// Requests.
+        rx_count: Counter,
+        /// Requests to read with a token that is not valid.
+        rx_invalid_token: Counter,
+        /// Requests to read without a token.
+        rx_no_token: Counter,
+        /// Bytes of frames sent to the guest.
+        tx_bytes: Counter,
+        /// Responses.
+        tx_count: Counter,
+        /// Responses that were cut off because the guest did not take them.
+        tx_errors: Counter,
+        /// Frames sent to the guest.
+        tx_frames: Counter,
+        /// Connections the guest opened.
+        connections_created: Counter,
+        /// Connections that ended.
+        connections_destroyed: Counter,
     }
     /// The VMM itself.
     Vmm {
@@ -397,6 +432,7 @@ metrics! {
     i8042: I8042,
     latencies_us: LatenciesUs,
     logger: Logger,
+    mmds: Mmds,
     patch_api_requests: PatchApiRequests,
     put_api_requests: PutApiRequests,
     uart: Uart,

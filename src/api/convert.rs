@@ -25,6 +25,7 @@ same_variants! {
     ImageMapping { Shared, Private }
     CacheType { Unsafe, Writeback }
     IoEngine { Sync, Async }
+    MmdsVersion { V1, V2 }
 }
 
 /// Only the template `None` is available.
@@ -338,6 +339,31 @@ impl From<&config::MetricsConfig> for types::Metrics {
     }
 }
 
+impl TryFrom<types::MmdsConfig> for config::MmdsConfig {
+    type Error = ConfigError;
+
+    fn try_from(body: types::MmdsConfig) -> Result<Self, ConfigError> {
+        Self {
+            network_interfaces: body.network_interfaces,
+            version: body.version.into(),
+            ipv4_address: body.ipv4_address.unwrap_or(config::DEFAULT_MMDS_ADDRESS),
+            imds_compat: body.imds_compat,
+        }
+        .checked()
+    }
+}
+
+impl From<&config::MmdsConfig> for types::MmdsConfig {
+    fn from(mmds: &config::MmdsConfig) -> Self {
+        Self {
+            network_interfaces: mmds.network_interfaces.clone(),
+            version: mmds.version.into(),
+            ipv4_address: Some(mmds.ipv4_address),
+            imds_compat: mmds.imds_compat,
+        }
+    }
+}
+
 impl From<&config::VmConfig> for types::FullVmConfiguration {
     fn from(config: &config::VmConfig) -> Self {
         Self {
@@ -349,6 +375,7 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
             serial: config.serial.as_ref().map(Into::into),
             logger: config.logger.as_ref().map(Into::into),
             metrics: config.metrics.as_ref().map(Into::into),
+            mmds_config: config.mmds.as_ref().map(Into::into),
             ..Self::default()
         }
     }

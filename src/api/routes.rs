@@ -122,13 +122,17 @@ pub static ENDPOINTS: &[Endpoint] = &[
         put_api_requests logger_count logger_fails),
     endpoint!(PUT "metrics" |_, body| ask(Command::SetMetrics(parse::<types::Metrics>(body)?.into())),
         put_api_requests metrics_count metrics_fails),
+    endpoint!(GET "mmds" |_, _| ask(Command::GetMetadata), get_api_requests mmds_count),
+    endpoint!(PUT "mmds" |_, body| ask(Command::PutMetadata(parse(body)?)), put_api_requests mmds_count mmds_fails),
+    endpoint!(PATCH "mmds" |_, body| ask(Command::PatchMetadata(parse(body)?)),
+        patch_api_requests mmds_count mmds_fails),
+    endpoint!(PUT "mmds/config" |_, body| put_mmds_config(body), put_api_requests mmds_count mmds_fails),
     endpoint!(PATCH "vm" |_, body| patch_vm(body), patch_api_requests vm_count vm_fails),
 ];
 
 /// What published clients may ask for and this release does not do: first path segment, and why.
 const UNAVAILABLE: &[(&str, &str)] = &[
     ("cpu-config", NOT_YET),
-    ("mmds", NOT_YET),
     ("snapshot", NOT_YET),
     ("balloon", OUT_OF_SCOPE),
     ("entropy", OUT_OF_SCOPE),
@@ -252,6 +256,12 @@ fn patch_machine_config(body: &[u8]) -> Result<Action, Rejection> {
     }))
 }
 
+fn put_mmds_config(body: &[u8]) -> Result<Action, Rejection> {
+    let body: types::MmdsConfig = parse(body)?;
+    let deprecated = body.version == types::MmdsVersion::V1;
+    Ok(Action::Ask(Ask { command: Command::SetMmds(body.try_into()?), view: View::Whole, deprecated, refusals: None }))
+}
+
 fn put_vsock(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::Vsock = parse(body)?;
     let deprecated = body.vsock_id.is_some();
@@ -298,7 +308,8 @@ pub fn show(reply: &Reply, view: View) -> Option<Vec<u8>> {
     // None of these types can fail to serialise but for a path that is not UTF-8, and the paths
     // came as JSON.
     match (reply, view) {
-        (Reply::Done, _) => None,
+        (Reply::Done | Reply::DoesNotFit(_), _) => None,
+        (Reply::Metadata(value), _) => serde_json::to_vec(value).ok(),
         (Reply::Instance { id, state }, _) => Some(instance(id, *state)),
         (Reply::Config(config), View::Machine) => {
             serde_json::to_vec(&types::MachineConfiguration::from(&config.machine)).ok()
@@ -349,7 +360,6 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     let file: types::FullVmConfiguration = parse(json)?;
     for (present, reason) in [
         (file.cpu_config.present, "cpu-config is not available in this release; leave it out"),
-        (file.mmds_config.present, "mmds-config is not available in this release; leave it out"),
         (file.balloon.present, "balloon is outside the scope of this VMM; leave it out"),
         (file.entropy.present, "entropy is outside the scope of this VMM; leave it out"),
         (file.pmem.present, "pmem is outside the scope of this VMM; leave it out"),
@@ -378,6 +388,9 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
         commands.push(Command::SetVsock(body.try_into()?));
     }
     commands.extend(file.serial.map(|body| Command::SetSerial(body.into())));
+    if let Some(body) = file.mmds_config {
+        commands.push(Command::SetMmds(body.try_into()?));
+    }
     Ok(commands)
 }
 

@@ -31,7 +31,7 @@ use tokio::time::timeout;
 use super::error::ApiError;
 use super::routes::{self, Action, Ask};
 use super::types;
-use crate::control::{Command, CommandSender, Event, Gone};
+use crate::control::{self, Command, CommandSender, Event, Gone};
 use crate::metrics::{self, METRICS};
 use crate::warn_limited;
 
@@ -222,6 +222,10 @@ impl Server {
             _ => None,
         };
         let answer = self.to_vmm.send(ask.command)?.await.map_err(|_| Gone)?;
+        let answer = match answer {
+            Ok(control::Reply::DoesNotFit(refusal)) => Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, refusal.0)),
+            answer => answer.map_err(ApiError::from),
+        };
         let answer = answer.inspect_err(|_| _ = ask.refusals.inspect(|counter| counter.inc()))?;
         if let Some(latency) = latency {
             latency.set(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));

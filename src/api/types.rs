@@ -4,6 +4,7 @@
 //! `convert` turns it into the configuration types, which are.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde::de::{Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
@@ -387,6 +388,32 @@ pub struct Metrics {
     pub properties: BTreeMap<String, String>,
 }
 
+/// PUT /mmds/config.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    /// The interfaces through which the guest reaches the service.
+    pub network_interfaces: Vec<String>,
+    /// Whether the guest needs a token.
+    #[serde(default)]
+    pub version: MmdsVersion,
+    /// Where the guest finds the service.
+    pub ipv4_address: Option<Ipv4Addr>,
+    /// Answer in text whatever the guest accepts.
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+/// See [`MmdsConfig::version`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MmdsVersion {
+    /// No token; deprecated.
+    #[default]
+    V1,
+    /// A token.
+    V2,
+}
+
 /// GET /vm/config and `--config-file`: the endpoints' bodies under their names.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -407,12 +434,10 @@ pub struct FullVmConfiguration {
     pub cpu_config: Unavailable,
     /// PUT /network-interfaces, each.
     pub network_interfaces: Vec<NetworkInterface>,
-    /// Not in this release.
-    /// Not in this release.
     /// PUT /vsock.
     pub vsock: Option<Vsock>,
-    /// Not in this release.
-    pub mmds_config: Unavailable,
+    /// PUT /mmds/config.
+    pub mmds_config: Option<MmdsConfig>,
     /// Outside the scope.
     pub balloon: Unavailable,
     /// Outside the scope.

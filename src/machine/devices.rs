@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use super::files::{self, Files};
 use super::{Error, lifecycle::refuse};
@@ -11,9 +12,15 @@ use crate::control::Refusal;
 use crate::devices::bus::Bus;
 use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio, Vsock};
 use crate::metrics;
+use crate::mmds::{self, Endpoint};
 
 /// Makes them, in the order the guest sees them: drives, network interfaces, vsock, which listens on `listener`.
-pub fn build(config: &VmConfig, files: &Files, listener: Option<&UnixListener>) -> Result<Vec<Device>, Error> {
+pub fn build(
+    config: &VmConfig,
+    files: &Files,
+    mmds: &mmds::Shared,
+    listener: Option<&UnixListener>,
+) -> Result<Vec<Device>, Error> {
     let mut devices = Vec::new();
     for drive in &config.drives {
         let fail = |source| Error::Open { what: "path_on_host", path: drive.path_on_host.clone(), source };
@@ -25,7 +32,12 @@ pub fn build(config: &VmConfig, files: &Files, listener: Option<&UnixListener>) 
     for interface in &config.network_interfaces {
         let fail = |source| Error::Event("duplicate a TAP's descriptor", source);
         let tap = files.tap(&interface.iface_id).unwrap_or_else(missing).map_err(fail)?;
-        devices.push(Device::Net(Box::new(Net::new(interface, tap, metrics::register_net(&interface.iface_id))?)));
+        let mut net = Net::new(interface, tap, metrics::register_net(&interface.iface_id))?;
+        if let Some(service) = config.mmds.as_ref().filter(|mmds| mmds.network_interfaces.contains(&interface.iface_id))
+        {
+            net.serve(Endpoint::new(service.ipv4_address, Arc::clone(mmds)))?;
+        }
+        devices.push(Device::Net(Box::new(net)));
     }
     if let (Some(vsock), Some(listener)) = (&config.vsock, listener) {
         let device = listener.try_clone().and_then(|listener| Vsock::new(vsock, listener));

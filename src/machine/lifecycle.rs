@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde_json::{Map, Value};
 use tokio::sync::{broadcast, oneshot};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
@@ -29,6 +30,8 @@ use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
 use crate::log;
 use crate::memory::GuestRam;
 use crate::metrics::{JsonLines, METRICS};
+use crate::mmds::store::ChangeError;
+use crate::mmds::{self, Mmds};
 use crate::signals::Termination;
 use crate::socket::{self, Existing, SocketFile};
 
@@ -77,6 +80,7 @@ pub struct Vmm {
     boot_timer: Option<BootTimer>,
     state: Lifecycle,
     config: VmConfig,
+    mmds: mmds::Shared,
     files: Files,
     machine: Option<Machine>,
     /// Where host processes connect to the guest. The file is removed at the end.
@@ -95,10 +99,12 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// A vmm thread without a machine. `boot_timer` measures from the start to the guest's signal.
+    /// A vmm thread without a machine. `boot_timer` measures from the start to the guest's signal;
+    /// metadata may be `mmds_limit` bytes of JSON.
     pub fn new(
         id: String,
         boot_timer: Option<BootTimer>,
+        mmds_limit: usize,
         commands: CommandReceiver,
         subscribers: broadcast::Sender<Event>,
         termination: Termination,
@@ -111,6 +117,7 @@ impl Vmm {
             boot_timer,
             state: Lifecycle::Configuring,
             config: VmConfig::default(),
+            mmds: Arc::new(Mutex::new(Mmds::new(mmds_limit))),
             files: Files::default(),
             machine: None,
             vsock: None,
@@ -220,6 +227,16 @@ impl Vmm {
                 self.metrics = Some(self.open_metrics(&config).map_err(refuse)?);
                 self.config.metrics = Some(config);
             }
+            Command::SetMmds(config) => {
+                self.config.set_mmds(config.clone())?;
+                self.mmds().configure(&config);
+            }
+            Command::GetMetadata => {
+                let metadata = self.mmds().store.value().cloned();
+                return Ok(Reply::Metadata(metadata.unwrap_or_else(|| Value::Object(Map::new()))));
+            }
+            Command::PutMetadata(value) => return changed(self.mmds().store.put(value)),
+            Command::PatchMetadata(patch) => return changed(self.mmds().store.patch(patch)),
             Command::Start => self.start()?,
             Command::FlushMetrics => self.flush_metrics()?,
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
@@ -227,6 +244,11 @@ impl Vmm {
             Command::Resume => self.resume(),
         }
         Ok(Reply::Done)
+    }
+
+    fn mmds(&self) -> MutexGuard<'_, Mmds> {
+        // A document is replaced whole, so it is whole even if a thread died with the lock.
+        self.mmds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn serve_commands(&mut self) {
@@ -276,7 +298,7 @@ impl Vmm {
             huge_pages: config.huge_pages,
         };
         let listener = self.vsock.as_ref().map(|(listener, _)| listener);
-        let devices = || devices::build(&self.config, &self.files, listener);
+        let devices = || devices::build(&self.config, &self.files, &self.mmds, listener);
         let shell = Shell::new(layout, devices, self.boot_timer.clone())?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
         let serial = self.config.serial.clone().unwrap_or_default();
@@ -443,6 +465,14 @@ impl Vmm {
             let _ = subscribers.send(Event::Exited { status: ending.status, reason: ending.reason.clone() });
         }
         ending
+    }
+}
+
+fn changed(metadata: Result<(), ChangeError>) -> Answer {
+    match metadata {
+        Ok(()) => Ok(Reply::Done),
+        Err(error @ ChangeError::LimitExceeded(_)) => Ok(Reply::DoesNotFit(Refusal(format!("{error}.")))),
+        Err(error) => Err(Refusal(format!("{error}."))),
     }
 }
 

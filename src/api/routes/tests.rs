@@ -189,9 +189,38 @@ fn a_log_level_is_read_in_any_case() {
 }
 
 #[test]
+fn metadata_is_any_json_and_its_configuration_is_checked() {
+    for body in ["{}", "null", "[1]", r#"{"a":{"b":""}}"#] {
+        assert!(matches!(command(Method::PUT, "/mmds", body), Command::PutMetadata(_)));
+        assert!(matches!(command(Method::PATCH, "/mmds", body), Command::PatchMetadata(_)));
+    }
+    assert!(refusal(Method::PUT, "/mmds", "{").contains("EOF"));
+    let config = |body: &str| match route(&Method::PUT, "/mmds/config", body.as_bytes()) {
+        Ok(Action::Ask(Ask { command: Command::SetMmds(config), deprecated, .. })) => (config, deprecated),
+        other => panic!("{body}: {other:?}"),
+    };
+    let (mmds, deprecated) = config(r#"{"network_interfaces":["eth0"]}"#);
+    assert_eq!((mmds.version, mmds.ipv4_address, deprecated), (MmdsVersion::V1, DEFAULT_MMDS_ADDRESS, true));
+    let all = r#"{"network_interfaces":["a","b"],"version":"V2","ipv4_address":"169.254.1.1","imds_compat":true}"#;
+    let (mmds, deprecated) = config(all);
+    assert_eq!((mmds.version, mmds.imds_compat, deprecated), (MmdsVersion::V2, true, false));
+    for (body, named) in [
+        (r#"{"network_interfaces":[]}"#, "network_interfaces is empty"),
+        (r#"{"network_interfaces":["a"],"ipv4_address":"10.0.0.1"}"#, "10.0.0.1 is not link-local"),
+        (r#"{"network_interfaces":["a"],"ipv4_address":"169.254.0.255"}"#, "169.254.0.255 is not link-local"),
+        (r#"{"network_interfaces":["a"],"ipv4_address":"169.254.255.0"}"#, "169.254.255.0 is not link-local"),
+        (r#"{"network_interfaces":["a"],"ipv4_address":"x"}"#, "IPv4"),
+        (r#"{"network_interfaces":["a"],"version":"V3"}"#, "unknown variant `V3`"),
+        (r#"{"network_interfaces":["a"],"v":1}"#, "unknown field `v`"),
+    ] {
+        let message = refusal(Method::PUT, "/mmds/config", body);
+        assert!(message.contains(named), "{message}");
+    }
+}
+
+#[test]
 fn what_this_release_does_not_do_is_said_plainly() {
     for (method, path, said) in [
-        (Method::GET, "/mmds", "GET /mmds is not available in this release."),
         (Method::PUT, "/snapshot/load", "PUT /snapshot/load is not available in this release."),
         (Method::PUT, "/cpu-config", "PUT /cpu-config is not available in this release."),
         (Method::PATCH, "/balloon/statistics", "outside the scope"),
@@ -233,6 +262,7 @@ fn configure(commands: Vec<Command>) -> VmConfig {
             Command::SetSerial(serial) => config.serial = Some(serial),
             Command::SetLogger(logger) => config.logger = Some(logger),
             Command::SetMetrics(metrics) => config.metrics = Some(metrics),
+            Command::SetMmds(mmds) => config.mmds = Some(mmds),
             other => panic!("{other:?}"),
         }
     }
@@ -277,7 +307,7 @@ fn a_configuration_file_with_what_is_not_there_is_refused() {
         (r#"{"vsock": {"guest_cid": 3}}"#, "missing field `uds_path`"),
         (r#"{"vsock": {"guest_cid": 2, "uds_path": "v"}}"#, "guest_cid is 2"),
         (r#"{"cpu-config": "t.json"}"#, "cpu-config is not available"),
-        (r#"{"mmds-config": {}}"#, "mmds-config is not available"),
+        (r#"{"mmds-config": {}}"#, "missing field `network_interfaces`"),
         (r#"{"balloon": {}}"#, "balloon is outside the scope"),
         (r#"{"entropy": {}}"#, "entropy is outside the scope"),
         (r#"{"pmem": [1]}"#, "pmem is outside the scope"),
@@ -370,6 +400,7 @@ prop_compose! {
         serial in proptest::option::of((proptest::option::of("\\PC{1,12}"), bucket())),
         properties in proptest::collection::btree_map("\\PC{0,8}", "\\PC{0,8}", 0..3),
         module in proptest::option::of("\\PC{0,8}"),
+        mmds in proptest::option::of(any::<(bool, bool, u8)>()),
     ) -> VmConfig {
         let huge_pages = if huge { HugePages::Size2M } else { HugePages::Transparent };
         let mut config = VmConfig {
@@ -388,6 +419,12 @@ prop_compose! {
             }),
             metrics: Some(MetricsConfig {
                 metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
+            }),
+            mmds: mmds.map(|(v2, imds_compat, host)| MmdsConfig {
+                network_interfaces: vec!["eth0".into()],
+                version: if v2 { MmdsVersion::V2 } else { MmdsVersion::V1 },
+                ipv4_address: std::net::Ipv4Addr::new(169, 254, 1, host),
+                imds_compat,
             }),
             ..Default::default()
         };

@@ -40,6 +40,7 @@ impl Api {
                         }
                         Command::GetConfig => Ok(VmmReply::Config(Box::<VmConfig>::default())),
                         Command::Start => Err(Refusal("There is no kernel.".into())),
+                        Command::PutMetadata(_) => Ok(VmmReply::DoesNotFit(Refusal("It is too large.".into()))),
                         _ => Ok(VmmReply::Done),
                     });
                 }
@@ -278,6 +279,15 @@ fn a_client_that_stops_halfway_is_cut_off() {
     let (status, message) = fault(client.reply());
     assert!(status == 400 && message.contains("did not arrive"), "{message}");
     assert_eq!(client.rest(), "");
+}
+
+#[test]
+fn metadata_over_the_limit_is_told_413() {
+    let api = Api::new(Limits::default());
+    let before = METRICS.put_api_requests.mmds_fails.get();
+    let (status, body) = api.connect().request("PUT", "/mmds", "{}");
+    assert_eq!((status, body.as_str()), (413, r#"{"fault_message":"It is too large."}"#));
+    assert!(METRICS.put_api_requests.mmds_fails.get() > before);
 }
 
 #[test]

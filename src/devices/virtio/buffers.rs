@@ -163,6 +163,25 @@ impl IoVecs {
         Some(data)
     }
 
+    /// Copies out, once, and consumes up to as many bytes as `data` holds. Returns how many.
+    ///
+    /// # Safety
+    ///
+    /// The guest memory the buffers came from is alive.
+    pub unsafe fn read_slice(&mut self, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for vec in self.as_slice() {
+            // SAFETY: an entry lies within guest RAM, alive by this function's contract.
+            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), vec.iov_len) };
+            done += slice.copy_to(&mut data[done..]);
+            if done == data.len() {
+                break;
+            }
+        }
+        self.advance(done as u64);
+        done
+    }
+
     /// Overwrites with `data` what is `offset` bytes from the front, and consumes nothing.
     ///
     /// # Safety

@@ -137,7 +137,7 @@ impl Run {
             (Ok(()), true, Some(status)) => return Ok(status),
             // Refused requests are explained by their replies; where there was none, the log may tell.
             (Err(refused @ ClientError::Refused { .. }), ..) => return Err(refused.into()),
-            (Err(error), ..) => Err(error.into()),
+            (Err(error), ..) => Err(format!("the VMM does not answer ({ended}): {error}").into()),
             (Ok(()), true, None) => Err("the guest ended before the command did; \
                 --boot-args loglevel=7 shows the kernel's messages"
                 .into()),

@@ -5,11 +5,14 @@
 //!  guest's receive queue  ◀──readv─── TAP      ([rx]: into buffers that were reserved before)
 //! ```
 //!
+//! Where the guest may have metadata, [service] stands between queues and TAP.
+//!
 //! Frames are not copied on the way, and not looked at: the header in front of each tells the
 //! other side which checksum is missing and how to segment it. Each wake moves a bounded number of
 //! frames in each direction and ends in at most one interrupt for each.
 
 mod rx;
+mod service;
 mod tap;
 mod tx;
 
@@ -25,10 +28,12 @@ use virtio_bindings::virtio_net::{
 };
 
 use self::rx::Receiver;
+use self::service::Service;
 pub use self::tap::{Error as TapError, Tap};
 use self::tx::Transmitter;
 use super::{Activation, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
 use crate::config::{NetConfig, NetUpdate};
+use crate::mmds::Endpoint;
 use crate::{metrics, warn_limited};
 
 /// Size of each of the two queues.
@@ -46,6 +51,7 @@ const MAX_BYTES_PER_WAKE: usize = 4 << 20;
 const TAP: u8 = 1;
 const RX_LIMITER: u8 = 2;
 const TX_LIMITER: u8 = 3;
+const SERVICE: u8 = 4;
 
 /// What is offered on every host.
 const FEATURES: [u32; 12] = [
@@ -70,6 +76,14 @@ pub enum Error {
     /// No descriptor for a rate limiter's timer.
     #[error("interface {interface}: cannot create the timer of its rate limiter")]
     Timer {
+        /// Resource id.
+        interface: String,
+        /// From the host.
+        source: io::Error,
+    },
+    /// No descriptor for the metadata service's timer.
+    #[error("interface {interface}: cannot create the timer of the metadata service")]
+    Service {
         /// Resource id.
         interface: String,
         /// From the host.
@@ -104,6 +118,8 @@ pub struct Net {
     tap: Tap,
     rx_limiter: RateLimiter,
     tx_limiter: RateLimiter,
+    /// Metadata, for guests that may have it through this interface.
+    service: Option<Box<Service>>,
     active: Option<Active>,
     /// What to say at the next event, because activation cannot.
     failed: Option<Violation>,
@@ -146,10 +162,22 @@ impl Net {
             tap,
             rx_limiter: limiter(&config.rx_rate_limiter)?,
             tx_limiter: limiter(&config.tx_rate_limiter)?,
+            service: None,
             active: None,
             failed: None,
             metrics,
         })
+    }
+
+    /// Has the guest find the metadata service on this interface.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when the process has no descriptor left.
+    pub fn serve(&mut self, endpoint: Endpoint) -> Result<(), Error> {
+        let fail = |source| Error::Service { interface: self.iface_id.clone(), source };
+        self.service = Some(Box::new(Service::new(endpoint).map_err(fail)?));
+        Ok(())
     }
 
     /// Changes the limits.
@@ -162,8 +190,12 @@ impl Net {
     /// there at once.
     fn exchange(&mut self) -> Result<Progress, Violation> {
         let Some(Active { rx, tx }) = &mut self.active else { return Ok(Progress::Idle) };
-        let sent = tx.run(&self.tap, &mut self.tx_limiter, &self.metrics);
-        let received = rx.run(&self.tap, &mut self.rx_limiter, &self.metrics);
+        let mut service = self.service.as_deref_mut();
+        let sent = tx.run(&self.tap, service.as_deref_mut(), &mut self.tx_limiter, &self.metrics);
+        let received = rx.run(&self.tap, service.as_deref_mut(), &mut self.rx_limiter, &self.metrics);
+        if let Some(service) = service {
+            service.set_timer();
+        }
         tx.announce();
         rx.announce();
         match (sent?, received?) {
@@ -212,6 +244,9 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) -> bool {
         self.active = None;
+        if let Some(service) = &mut self.service {
+            service.reset();
+        }
         true
     }
 
@@ -228,17 +263,21 @@ impl VirtioDevice for Net {
             }
             RX_LIMITER => self.rx_limiter.on_timer(),
             TX_LIMITER => self.tx_limiter.on_timer(),
+            SERVICE => {}
             _ => self.metrics.queue_event_count.inc(),
         }
         self.exchange()
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![
+        let service = self.service.iter().map(|service| Source { tag: SERVICE, fd: service.timer_fd() });
+        let mut sources = vec![
             Source { tag: TAP, fd: self.tap.as_raw_fd() },
             Source { tag: RX_LIMITER, fd: self.rx_limiter.timer_fd() },
             Source { tag: TX_LIMITER, fd: self.tx_limiter.timer_fd() },
-        ]
+        ];
+        sources.extend(service);
+        sources
     }
 
     /// Nothing is ever in flight: a frame is with the guest or with the TAP.

@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::io;
 
-use super::{Budget, HEADER_SIZE, MAX_FRAME, Tap};
+use super::{Budget, HEADER_SIZE, MAX_FRAME, Service, Tap};
 use crate::devices::virtio::{Buffers, IoVecs, Progress, RateLimiter, Violation, Virtqueue};
 use crate::{metrics, warn_limited};
 
@@ -79,13 +79,19 @@ impl Receiver {
 
     /// Receives until there is nothing left, the guest has no buffers, which its next notification
     /// ends, the limits are reached, which the timer ends, or the budget is spent.
-    pub fn run(&mut self, tap: &Tap, limiter: &mut RateLimiter, metrics: &metrics::Net) -> Result<Progress, Violation> {
+    pub fn run(
+        &mut self,
+        tap: &Tap,
+        mut service: Option<&mut Service>,
+        limiter: &mut RateLimiter,
+        metrics: &metrics::Net,
+    ) -> Result<Progress, Violation> {
         let mut budget = Budget::default();
         while !limiter.is_throttled() {
             if budget.is_spent() {
                 return Ok(Progress::More);
             }
-            let Some(length) = self.next_frame(tap, metrics)? else { break };
+            let Some(length) = self.next_frame(tap, service.as_deref_mut(), metrics)? else { break };
             match self.reserve(length)? {
                 Room::Enough => {}
                 Room::Short => {
@@ -116,14 +122,28 @@ impl Receiver {
         self.queue.announce();
     }
 
-    /// The length of the frame to be delivered next: the one that waits, or one read from the TAP.
-    fn next_frame(&mut self, tap: &Tap, metrics: &metrics::Net) -> Result<Option<usize>, Violation> {
-        if self.frame.is_some() || !self.readable {
+    /// The length of the frame to be delivered next: the one that waits, the service's, or one read
+    /// from the TAP.
+    fn next_frame(
+        &mut self,
+        tap: &Tap,
+        service: Option<&mut Service>,
+        metrics: &metrics::Net,
+    ) -> Result<Option<usize>, Violation> {
+        let service = service.filter(|service| service.may_speak());
+        if self.frame.is_some() || !self.readable && service.is_none() {
             return Ok(self.frame);
         }
         self.reserve(MAX_FRAME)?;
         if self.chains.is_empty() {
             metrics.no_rx_avail_buffer.inc();
+            return Ok(None);
+        }
+        if let Some(frame) = service.and_then(Service::next) {
+            self.place(frame);
+            return Ok(self.frame);
+        }
+        if !self.readable {
             return Ok(None);
         }
         match self.read(tap) {
@@ -160,6 +180,17 @@ impl Receiver {
             self.room.append(writable);
         }
         Ok(Room::Enough)
+    }
+
+    /// Puts `frame` into what is reserved, and the spill as far as that is too little.
+    fn place(&mut self, frame: &[u8]) {
+        let room = usize::try_from(self.room.len()).unwrap_or(usize::MAX);
+        let (fits, rest) = frame.split_at(frame.len().min(room));
+        // SAFETY: the queue keeps guest RAM mapped.
+        unsafe { self.room.write_at(0, fits) };
+        self.spill.clear();
+        self.spill.extend_from_slice(rest);
+        self.frame = Some(frame.len());
     }
 
     /// Reads a frame into what is reserved, and the spill if that could be too little.

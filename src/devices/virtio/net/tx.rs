@@ -1,6 +1,6 @@
 //! From the guest to the TAP (virtio 1.2 §5.1.6.2).
 
-use super::{Budget, HEADER_SIZE, MAX_FRAME, Tap};
+use super::{Budget, HEADER_SIZE, MAX_FRAME, Service, Tap};
 use crate::devices::virtio::{Buffers, Progress, RateLimiter, Violation, Virtqueue};
 use crate::{metrics, warn_limited};
 
@@ -19,7 +19,13 @@ impl Transmitter {
 
     /// Sends until there is nothing left, the limits are reached, which the timer ends, or the
     /// budget is spent.
-    pub fn run(&mut self, tap: &Tap, limiter: &mut RateLimiter, metrics: &metrics::Net) -> Result<Progress, Violation> {
+    pub fn run(
+        &mut self,
+        tap: &Tap,
+        mut service: Option<&mut Service>,
+        limiter: &mut RateLimiter,
+        metrics: &metrics::Net,
+    ) -> Result<Progress, Violation> {
         let mut budget = Budget::default();
         while !limiter.is_throttled() {
             if budget.is_spent() {
@@ -38,7 +44,7 @@ impl Transmitter {
                 metrics.tx_rate_limiter_throttled.inc();
                 break;
             }
-            self.send(tap, length, metrics);
+            self.send(tap, service.as_deref_mut(), length, metrics);
             self.queue.add_used(head, 0);
             budget.spend(length);
         }
@@ -61,9 +67,15 @@ impl Transmitter {
         }
     }
 
-    fn send(&self, tap: &Tap, length: usize, metrics: &metrics::Net) {
+    fn send(&mut self, tap: &Tap, service: Option<&mut Service>, length: usize, metrics: &metrics::Net) {
         // SAFETY: the buffers are fresh from the queue, which keeps guest RAM mapped.
-        match unsafe { tap.write(self.frame.readable.as_slice()) } {
+        let sent = unsafe {
+            match service {
+                None => tap.write(self.frame.readable.as_slice()).map(drop),
+                Some(service) => service.send(tap, &mut self.frame.readable),
+            }
+        };
+        match sent {
             Ok(_) => {
                 metrics.tx_packets_count.inc();
                 metrics.tx_bytes_count.add(length as u64);

@@ -1,0 +1,155 @@
+//! `vesiclectl run` as its users see it.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+/// The path of a guest artefact that `tools/test` prepared, by the name `tools/guest` gives it.
+fn artefact(name: &str) -> PathBuf {
+    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
+    let path = std::env::var_os(&variable);
+    path.unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it to what ./tools/guest {name} prints"))
+        .into()
+}
+
+/// The VMM is built beside the launcher.
+fn vesicle() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_vesiclectl")).with_file_name("vesicle")
+}
+
+/// The arguments of a run in the tuned guest, whose initramfs needs no modules.
+fn arguments(more: &[&str]) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec!["run".into(), "--memory".into(), "64".into()];
+    for (option, path) in
+        [("--vesicle", vesicle()), ("--kernel", artefact("kernel-tuned")), ("--initramfs", artefact("initramfs-tuned"))]
+    {
+        arguments.extend([option.into(), path.into()]);
+    }
+    arguments.extend(more.iter().map(OsString::from));
+    arguments
+}
+
+fn vesiclectl(more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vesiclectl"));
+    command.args(arguments(more)).stdin(Stdio::null());
+    command
+}
+
+/// Output, standard error and exit status of a run.
+fn run(more: &[&str]) -> (String, String, i32) {
+    told(vesiclectl(more).output().unwrap())
+}
+
+fn told(output: Output) -> (String, String, i32) {
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr), output.status.code().unwrap())
+}
+
+#[test]
+fn a_command_hands_back_its_output_and_status_and_nothing_else() {
+    let (output, errors, status) = run(&["--", "sh", "-c", "uname -m; echo hi; exit 7"]);
+    assert_eq!((output.as_str(), errors.as_str(), status), ("x86_64\nhi\n", "", 7));
+    let (_, _, status) = run(&["--", "sh", "-c", "kill -9 $$"]);
+    assert_eq!(status, 137);
+    let (output, _, status) = run(&["--", "no-such-command"]);
+    assert!(status == 127 && output.contains("no-such-command"), "{status}: {output}");
+}
+
+#[test]
+fn no_shell_looks_at_the_commands_words() {
+    let (output, _, status) =
+        run(&["--vcpus", "2", "--", "printf", "%s|", "it's", "", "$HOME `id`", "a  b", "*", "\\n"]);
+    assert_eq!((output.as_str(), status), ("it's||$HOME `id`|a  b|*|\\n|", 0));
+}
+
+#[test]
+fn standard_input_is_empty_unless_it_is_asked_for() {
+    // An input that never ends must not keep the command from starting.
+    let mut child = vesiclectl(&["--", "sh", "-c", "cat; echo end"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let input = child.stdin.take();
+    let (output, _, status) = told(child.wait_with_output().unwrap());
+    assert_eq!((output.as_str(), status), ("end\n", 0));
+    drop(input);
+
+    let bytes: Vec<u8> = (0..2_000_003u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut child = vesiclectl(&["--stdin", "--", "sh", "-c", "sha256sum; exit 3"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&bytes).unwrap();
+    let (output, _, status) = told(child.wait_with_output().unwrap());
+    let mut sum = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    sum.stdin.take().unwrap().write_all(&bytes).unwrap();
+    assert_eq!((output, status), (told(sum.wait_with_output().unwrap()).0, 3));
+}
+
+#[test]
+fn a_root_file_system_is_left_alone_unless_it_is_writable() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("rootfs.ext4");
+    fs::copy(artefact("rootfs"), &image).unwrap();
+    let image = image.to_str().unwrap();
+    let (_, _, status) = run(&["--rootfs", image, "--", "touch", "/mark"]);
+    assert_eq!(status, 1);
+    let (output, _, status) = run(&["--rootfs", image, "--writable", "--", "sh", "-c", "echo was here >/mark"]);
+    assert_eq!(status, 0, "{output}");
+    let (output, _, status) = run(&["--rootfs", image, "--", "cat", "/mark"]);
+    assert_eq!((output.as_str(), status), ("was here\n", 0));
+}
+
+#[test]
+fn a_run_that_fails_before_its_command_says_why() {
+    let (_, errors, status) = run(&["--kernel", "/etc/passwd", "--", "true"]);
+    assert!(status == 125 && errors.contains("/boot-source") && errors.contains("kernel"), "{status}: {errors}");
+    let (_, errors, status) = run(&["--vesicle", "/nonexistent", "--", "true"]);
+    assert!(status == 125 && errors.contains("/nonexistent"), "{status}: {errors}");
+    let (_, errors, status) = run(&["--vesicle", "/bin/false", "--", "true"]);
+    assert!(status == 125 && errors.contains("does not answer (exit status: 1)"), "{status}: {errors}");
+    let (output, errors, status) = run(&["--boot-args", "rdinit=/nonexistent", "--", "true"]);
+    assert!(status == 125 && errors.contains("before the command did"), "{status}: {errors}");
+    assert!(output.contains("Kernel panic"), "{output}");
+    let (_, errors, status) = run(&[]);
+    assert!(status == 125 && errors.contains("COMMAND"), "{status}: {errors}");
+}
+
+#[test]
+fn a_signal_ends_the_launcher_the_vmm_and_what_they_left_in_tmp() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut child = vesiclectl(&["--", "sh", "-c", "echo started; sleep 1000"]);
+    let mut child = child.env("TMPDIR", tmp.path()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "started\n");
+    assert_ne!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+    Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    // The VMM held the other end.
+    assert_eq!(output.read_line(&mut line).unwrap(), 0);
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn on_a_terminal_the_command_has_one_and_ours_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let words: Vec<_> = arguments(&["--", "sh", "-c", "tty; stty size; echo $TERM"])
+        .iter()
+        .flat_map(|word| [vec![b' '], vesiclectl::quote(word)].concat())
+        .collect();
+    let script = format!(
+        "cd {}; stty rows 33 cols 77; stty -g >before; {}{}; echo $? >status; stty -g >after",
+        dir.path().display(),
+        env!("CARGO_BIN_EXE_vesiclectl"),
+        String::from_utf8(words).unwrap()
+    );
+    // script(1) makes a terminal and runs the command on it.
+    let mut terminal = Command::new("script");
+    terminal.args(["-q", "-c", &script, "/dev/null"]).env("TERM", "vt102").stdin(Stdio::null());
+    let (output, _, _) = told(terminal.output().unwrap());
+    let lines: Vec<_> = output.lines().map(|line| line.trim_end_matches('\r')).collect();
+    assert_eq!(lines, ["/dev/ttyS0", "33 77", "vt102"]);
+    let file = |name| fs::read_to_string(dir.path().join(name)).unwrap();
+    assert_eq!((file("status").as_str(), file("before")), ("0\n", file("after")));
+}
