@@ -29,6 +29,7 @@ impl Talker {
         let uds_path = vm.dir().join("v.sock");
         vm.put("/vsock", &json!({ "guest_cid": 7, "uds_path": uds_path }));
         vm.start();
+        allow_descriptors();
         let mut talker = Self { vm };
         talker.vm.wait_until_ready();
         talker.vm.ok("cat /dev/vda >/run/vsock && chmod +x /run/vsock");
@@ -42,7 +43,7 @@ impl Talker {
     /// Has the guest listen.
     fn serve(&mut self, port: u32, how: &str) {
         self.vm.ok(&format!(
-            "/run/vsock serve {port} {how} >/run/{port} 2>&1 & until grep -q listening /run/{port}; do sleep 0.05; done"
+            "ulimit -n 4096; /run/vsock serve {port} {how} >/run/{port} 2>&1 & until grep -q listening /run/{port}; do sleep 0.05; done"
         ));
     }
 
@@ -118,6 +119,17 @@ impl Talker {
         let text = self.vm.api().get("/metrics").unwrap().body;
         let name = format!("vesicle_vsock_{name}_total ");
         text.lines().find_map(|line| line.strip_prefix(&name)).unwrap().parse().unwrap()
+    }
+}
+
+/// This process has the other ends of all connections. The VMM, started before, raises its limit itself.
+fn allow_descriptors() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for reading and writing.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = limit.rlim_max.min(1 << 16);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
     }
 }
 

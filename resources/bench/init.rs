@@ -6,8 +6,11 @@
 //! - `ready` writes 123 to the boot timer and sleeps.
 //! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
 //!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
+//! - `vsock` serves one client, see there.
 #![no_std]
 #![no_main]
+
+mod vsock;
 
 use core::arch::{asm, naked_asm};
 
@@ -63,6 +66,7 @@ extern "C" fn _start() -> ! {
 extern "C" fn main(stack: *const usize) -> ! {
     match mode(stack) {
         Some(b"ready") => ready(),
+        Some(b"vsock") => vsock::run(),
         Some(mode) => block(mode),
         None => {}
     }

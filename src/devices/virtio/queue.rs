@@ -198,11 +198,20 @@ impl Virtqueue {
         }
     }
 
-    /// Interrupts the driver at most once for what was used in this queue and in `other` of the same device.
-    pub fn announce_with(&mut self, other: &mut Self) {
-        if self.is_awaited() | other.is_awaited() {
+    /// The same, and if the driver is interrupted, it looks at `other` queue of the device as well. Returns whether
+    /// it was.
+    pub fn announce_with(&mut self, other: &mut Self) -> bool {
+        let awaited = self.is_awaited();
+        if awaited {
+            other.unannounced = other.next_used;
             self.interrupt.raise(INTERRUPT_USED_BUFFER);
         }
+        awaited
+    }
+
+    /// How many were used that the driver was not told of.
+    pub fn unannounced(&self) -> u16 {
+        (self.next_used - self.unannounced).0
     }
 
     /// Whether the driver wants to know of what was used since it was asked last.

@@ -97,9 +97,18 @@ impl Queues {
         Ok(Progress::More)
     }
 
-    /// Tells the driver, at most once, what was used.
-    pub fn announce(&mut self) {
-        self.rx.announce_with(&mut self.tx);
+    /// Interrupts the driver, at most once, for what was used. That packets were taken from it is no news that it
+    /// waits for, unless they fill the queue: it may be told `later` if there is no occasion now. Returns whether it
+    /// has to be.
+    pub fn announce(&mut self, later: bool) -> bool {
+        if self.rx.announce_with(&mut self.tx) {
+            return false;
+        }
+        let defer = later && (1..self.tx.size() / 4).contains(&self.tx.unannounced());
+        if !defer {
+            self.tx.announce();
+        }
+        defer
     }
 
     /// Sends what a connection owes, then data, as far as one turn goes.

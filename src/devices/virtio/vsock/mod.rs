@@ -23,11 +23,15 @@ mod muxer;
 mod packet;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
+use vmm_sys_util::timerfd::TimerFd;
 
 use self::guest::Queues;
 use self::muxer::Muxer;
-use super::{Activation, Kind, Progress, Source, Violation, VirtioDevice};
+use super::{Activation, KICK, Kind, Progress, Source, Violation, VirtioDevice};
 use crate::config::VsockConfig;
 use crate::metrics::METRICS;
 
@@ -35,13 +39,23 @@ use crate::metrics::METRICS;
 const F_STREAM: u64 = 1 << 0;
 /// Sizes of the queues rx, tx and event. The driver fills the rx queue with buffers, one page each, at boot.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+/// Descriptors this process may have: for all connections, and for everything else.
+const DESCRIPTORS: libc::rlim_t = 2048;
+
 /// Source tag: something happened on the host's side.
 const HOST: u8 = 1;
+/// Source tag: the driver is to be told what was put off.
+const LATER: u8 = 2;
+/// How long that may be.
+const LATEST: Duration = Duration::from_millis(1);
 
 /// The device.
 pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
+    /// When the driver is told that packets were taken, if there was no occasion before.
+    timer: TimerFd,
+    timer_runs: bool,
     /// The host's side has to be looked at without an event.
     unpolled: bool,
     active: Option<Queues>,
@@ -56,9 +70,12 @@ impl Vsock {
     ///
     /// The process has no descriptor left.
     pub fn new(config: &VsockConfig, listener: UnixListener) -> io::Result<Self> {
+        allow_descriptors();
         Ok(Self {
             guest_cid: config.guest_cid.into(),
             muxer: Muxer::new(config.uds_path.clone(), listener)?,
+            timer: TimerFd::new()?,
+            timer_runs: false,
             unpolled: true,
             active: None,
             stopped: false,
@@ -66,6 +83,9 @@ impl Vsock {
     }
 
     fn exchange(&mut self, tag: u8) -> Result<Progress, Violation> {
+        if tag == LATER {
+            self.timer_runs = false;
+        }
         let Some(queues) = &mut self.active else {
             self.unpolled = true;
             return Ok(Progress::Idle);
@@ -75,7 +95,7 @@ impl Vsock {
             self.unpolled = muxer.poll();
         }
         let mut progress = if self.unpolled { Progress::More } else { Progress::Idle };
-        if tag != HOST {
+        if tag == KICK {
             METRICS.vsock.queue_event_count.inc();
             let taken = queues.take_packets(muxer, guest)?;
             progress = progress.max(taken);
@@ -86,8 +106,26 @@ impl Vsock {
         if held_back && muxer.takes_packets() {
             progress = Progress::More;
         }
-        queues.announce();
+        if queues.announce(tag != LATER) && !self.timer_runs {
+            self.timer_runs = self.timer.reset(LATEST, None).is_ok();
+            if !self.timer_runs {
+                queues.announce(false);
+            }
+        }
         Ok(progress)
+    }
+}
+
+/// Every connection takes a descriptor: the soft limit, often 1,024, is raised as far as the hard limit allows.
+fn allow_descriptors() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for writing.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let wanted = DESCRIPTORS.min(limit.rlim_max);
+    if known && limit.rlim_cur < wanted {
+        limit.rlim_cur = wanted;
+        // SAFETY: `limit` is valid for reading. Should it fail, fewer connections are possible.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
     }
 }
 
@@ -134,7 +172,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![Source { tag: HOST, fd: self.muxer.as_raw_fd() }]
+        vec![Source { tag: HOST, fd: self.muxer.as_raw_fd() }, Source { tag: LATER, fd: self.timer.as_raw_fd() }]
     }
 
     /// Nothing is ever in flight: what an event has begun is done when it returns.
@@ -149,3 +187,5 @@ impl VirtioDevice for Vsock {
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_random;

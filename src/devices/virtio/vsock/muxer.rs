@@ -201,12 +201,11 @@ impl Muxer {
             }
             match self.listener.accept() {
                 Ok((stream, _)) => self.begin_greeting(Peer::new(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.accepting = false,
+                // Who waits is tried again when something else has happened: a descriptor may be free then.
                 Err(error) => {
-                    self.accepting = false;
-                    if error.kind() != io::ErrorKind::WouldBlock {
-                        METRICS.vsock.conns_refused.inc();
-                        warn_limited!("vsock: a host process cannot be accepted: {error}");
-                    }
+                    warn_limited!("vsock: a host process cannot be accepted: {error}");
+                    return false;
                 }
             }
         }

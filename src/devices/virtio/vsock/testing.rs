@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -129,10 +130,20 @@ impl Rig {
         self.guest.kick();
     }
 
-    /// The guest wants to know of the next buffer used.
-    pub fn ask_for_interrupt(&self, queue: usize) {
-        let index = self.guest.memory.read_obj(GuestAddress(USED + NEXT_QUEUE * queue as u64 + 2)).unwrap();
-        self.guest.select(queue).set_used_event(index);
+    /// Lets everything come to rest; the guest then wants to know of the next buffer used in either queue.
+    pub fn settle(&self) {
+        while self.guest.turn(Duration::from_millis(20)) > 0 {}
+        self.seen();
+        for queue in [RX, TX] {
+            let index = self.guest.memory.read_obj(GuestAddress(USED + NEXT_QUEUE * queue as u64 + 2)).unwrap();
+            self.guest.select(queue).set_used_event(index);
+        }
+        self.interrupts();
+    }
+
+    /// Interrupts since the last call.
+    pub fn interrupts(&self) -> u32 {
+        self.guest.interrupts.swap(0, Ordering::SeqCst)
     }
 
     fn posted(head: u16) -> u64 {

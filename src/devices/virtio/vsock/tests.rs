@@ -231,32 +231,41 @@ fn a_guest_without_credit_is_asked_once_and_then_waited_for() {
 }
 
 #[test]
-fn one_interrupt_tells_of_a_batch() {
+fn one_interrupt_tells_of_a_batch_in_both_queues() {
     let rig = Rig::ready();
     let (mut stream, port) = rig.open_from_host();
-    rig.guest.interrupt();
+    rig.settle();
     let fields = Fields { length: 1, ..Fields::new(port, 52, DATA) };
     let chain = rig.place(&fields, b"x");
-    for _ in 0..7 {
-        rig.offer(&chain);
-    }
-    rig.guest.kick();
-    assert_eq!(rig.guest.interrupts.swap(0, std::sync::atomic::Ordering::SeqCst), 0, "the guest did not ask");
-    assert_eq!(rig.guest.select(TX).used().len(), 8, "the response was one");
-    for queue in [RX, TX] {
-        rig.ask_for_interrupt(queue);
-    }
-    for _ in 0..7 {
+    for _ in 0..3 {
         rig.offer(&chain);
     }
     rig.send_fields(&Fields::new(port, 52, CREDIT_REQUEST), b"");
-    assert_eq!(rig.guest.select(TX).used().len(), 8);
-    assert_eq!(rig.guest.interrupts.load(std::sync::atomic::Ordering::SeqCst), 1, "for both queues");
+    assert_eq!(rig.interrupts(), 1, "for the answer, and what was taken by the way");
+    assert_eq!(rig.guest.turn(Duration::from_millis(50)), 0, "and nothing is left to tell");
+    rig.settle();
     stream.write_all(&[0; 5000]).unwrap();
-    rig.ask_for_interrupt(RX);
     rig.run();
-    assert_eq!(rig.guest.interrupts.load(std::sync::atomic::Ordering::SeqCst), 2);
-    assert_eq!(rig.ops(), [CREDIT_UPDATE, DATA, DATA, DATA, DATA, DATA]);
+    assert_eq!(rig.interrupts(), 1);
+    assert_eq!(rig.ops(), [DATA; 5]);
+}
+
+#[test]
+fn that_packets_were_taken_is_told_soon_or_when_they_are_many() {
+    let rig = Rig::ready();
+    let (_stream, port) = rig.open_from_host();
+    rig.settle();
+    rig.send_data(port, 52, b"x");
+    assert_eq!(rig.interrupts(), 0);
+    assert_eq!(rig.guest.turn(Duration::from_secs(10)), 1);
+    assert_eq!(rig.interrupts(), 1);
+    rig.settle();
+    let chain = rig.place(&Fields::new(port, 52, CREDIT_UPDATE), b"");
+    for _ in 0..4 {
+        rig.offer(&chain[..1]);
+    }
+    rig.guest.kick();
+    assert_eq!(rig.interrupts(), 1, "a quarter of the queue");
 }
 
 #[test]

@@ -11,10 +11,12 @@ use super::figures::Part;
 use super::guest::{FLAT_DIRTY, Files, Job, MEMORY_MIB};
 use super::process;
 use super::subject::{Api, Process, Subject};
+use super::vsock;
 
 /// Values of figures, in base units.
 pub type Values = Vec<(&'static str, f64)>;
-type Outcome = Result<Values, Box<dyn Error>>;
+/// What a measurement brings.
+pub type Outcome = Result<Values, Box<dyn Error>>;
 
 /// Requests of the random and the sequential block figures: few, since the lab's emulated processor now and then delivers
 /// an interrupt twice, and one in some thousand of those ends in a deadlock of the guest.
@@ -34,7 +36,8 @@ pub struct Experiment {
     pub run: fn(&Bench, &Subject) -> Outcome,
 }
 
-const fn experiment(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
+/// One that is repeated.
+pub const fn experiment(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
     Experiment { figures, for_qemu: false, repeats: true, run }
 }
 
@@ -58,7 +61,8 @@ const DETERMINISTIC: &[Experiment] = &[
     counts(&["seq-write-exits", "seq-write-calls"], |b, s| count_block(b, s, "seq-write", SEQUENTIAL)),
 ];
 
-const fn counts(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
+/// One that always yields the same.
+pub const fn counts(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
     Experiment { figures, for_qemu: false, repeats: false, run }
 }
 
@@ -70,11 +74,12 @@ const NATIVE: &[Experiment] = &[
 ];
 
 /// The measurements of a part.
-pub fn of(part: Part) -> &'static [Experiment] {
-    match part {
-        Part::Deterministic => DETERMINISTIC,
-        Part::Native => NATIVE,
-    }
+pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
+    let (own, vsock): (&[_], &[_]) = match part {
+        Part::Deterministic => (DETERMINISTIC, vsock::EXPERIMENTS),
+        Part::Native => (NATIVE, &[]),
+    };
+    own.iter().chain(vsock)
 }
 
 /// Everything a measurement needs.
@@ -109,7 +114,13 @@ impl Bench {
         &self.subjects
     }
 
-    fn launch(&self, subject: &Subject, more: &[&str]) -> Result<Api, Box<dyn Error>> {
+    /// The files of the guests.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Starts a VMM with an API.
+    pub fn launch(&self, subject: &Subject, more: &[&str]) -> Result<Api, Box<dyn Error>> {
         // Where there is one processor, whoever waits must leave it to the other.
         let pause = match self.part {
             Part::Deterministic => || std::thread::sleep(Duration::from_micros(50)),
@@ -171,7 +182,8 @@ fn api(bench: &Bench, subject: &Subject) -> Outcome {
     Ok(vec![("api", seconds(api.process.started(), answered)), ("api-cpu", cpu.as_secs_f64())])
 }
 
-fn instance_start(api: &mut Api) -> Result<Duration, Box<dyn Error>> {
+/// Starts a configured microVM; how long the call took.
+pub fn instance_start(api: &mut Api) -> Result<Duration, Box<dyn Error>> {
     api.must("PUT", "/actions", &json!({ "action_type": "InstanceStart" }))
 }
 

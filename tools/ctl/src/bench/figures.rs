@@ -118,6 +118,13 @@ const DETERMINISTIC: &[Figure] = &[
     figure("seq-write", "block, 64 MiB write, 1 MiB requests", Ms, 462.0, "462"),
     count("seq-write-exits", "  VM exits per MiB"),
     count("seq-write-calls", "  system calls per MiB"),
+    figure("vsock-connect", "InstanceStart → guest connects over vsock", Ms, 220.0, "311"),
+    figure("vsock-round-trip", "vsock, round trip of 1 byte", Us, 200.0, "286"),
+    count("vsock-round-trip-exits", "  VM exits"),
+    count("vsock-round-trip-calls", "  system calls"),
+    figure("vsock-echo", "vsock, 64 messages of 32 KiB and back", Ms, 45.0, "68"),
+    count("vsock-echo-exits", "  VM exits per message"),
+    count("vsock-echo-calls", "  system calls per message"),
 ];
 
 const NATIVE: &[Figure] = &[

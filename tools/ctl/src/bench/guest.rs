@@ -25,6 +25,8 @@ pub enum Job<'a> {
     Exit,
     /// Tells the boot timer, then sleeps.
     Ready,
+    /// Sends back what comes over vsock.
+    Vsock,
     /// This many block requests of this kind, see resources/bench/init.rs.
     Block(&'a str, u32),
 }
@@ -74,6 +76,7 @@ impl Files {
         match job {
             Job::Exit => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=exit"),
             Job::Ready => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=ready"),
+            Job::Vsock => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=vsock"),
             Job::Block(kind, count) => format!("{BOOT_ARGS} 8250.nr_uarts=1 bench={kind}:{count}"),
         }
     }
@@ -94,7 +97,11 @@ impl Files {
                 "drive_id": "drive", "path_on_host": self.path("drive"), "is_root_device": false, "is_read_only": false,
             }));
         }
-        json!({ "boot-source": boot_source, "machine-config": machine(), "drives": drives })
+        let mut configuration = json!({ "boot-source": boot_source, "machine-config": machine(), "drives": drives });
+        if matches!(job, Job::Vsock) {
+            configuration["vsock"] = json!({ "guest_cid": 3, "uds_path": self.path("v.sock") });
+        }
+        configuration
     }
 
     /// The configuration of the flat guest.

@@ -3,6 +3,7 @@
 //! - [`figures`] says what there is to measure, and what the goals are.
 //! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
 //! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
+//! - [`vsock`] has those that talk to the guest.
 //! - [`counters`] and [`process`] look at it from outside.
 //! - [`report`] is the table and the JSON.
 
@@ -13,6 +14,7 @@ mod guest;
 mod process;
 mod report;
 mod subject;
+mod vsock;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -104,7 +106,7 @@ impl Arguments {
         let mut status = 0;
         if let Some(images) = &self.images {
             let bench = Bench::prepare(self.part, self.subjects.clone(), &images.kernel, &images.initramfs)?;
-            for experiment in experiments::of(self.part).iter().filter(|experiment| self.wants(experiment)) {
+            for experiment in experiments::of(self.part).filter(|experiment| self.wants(experiment)) {
                 eprintln!("vesiclectl: measuring {}", experiment.figures.join(", "));
                 status |= self.measure(&bench, experiment, &mut report);
                 // Whatever happens to the next, this one is kept.

@@ -175,10 +175,13 @@ impl Api {
         Ok(api)
     }
 
-    /// PUTs everything a configuration file would hold.
+    /// PUTs everything a configuration file would hold, save drives.
     pub fn configure(&mut self, configuration: &Value) -> Result<(), Box<dyn Error>> {
         for endpoint in ["machine-config", "boot-source"] {
             self.must("PUT", &format!("/{endpoint}"), &configuration[endpoint])?;
+        }
+        if let Some(vsock) = configuration.get("vsock") {
+            self.must("PUT", "/vsock", vsock)?;
         }
         Ok(())
     }
