@@ -20,6 +20,8 @@ const TX: usize = 1;
 /// An Ethernet type for experiments: the host's stack leaves such frames alone.
 const TYPE: u16 = 0x88b5;
 
+mod service;
+
 /// The host's side: the interface of a TAP, and a socket that sends and receives whole frames there.
 struct Host {
     socket: OwnedFd,
