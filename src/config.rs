@@ -2,6 +2,7 @@
 //!
 //! Paths are data here; the vmm thread opens them when it accepts the configuration.
 
+mod cpu;
 mod mmds;
 mod net;
 mod vsock;
@@ -9,6 +10,7 @@ mod vsock;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+pub use cpu::{BitMap, Capability, CpuConfig, CpuidModifier, CpuidRegister, MsrModifier, parse_number};
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use vsock::{GuestCid, VsockConfig};
@@ -107,6 +109,28 @@ pub enum ConfigError {
     /// Not in 169.254.1.0 to 169.254.254.255.
     #[error("ipv4_address {0} is not link-local; use one from 169.254.1.0 to 169.254.254.255")]
     MmdsAddress(Ipv4Addr),
+    /// No bit map, or one for a larger register.
+    #[error("bitmap `{bitmap}` is not 0b and then at most {width} of 0, 1 and x")]
+    BitMap {
+        /// What it is.
+        bitmap: String,
+        /// Bits of the register.
+        width: u32,
+    },
+    /// No number of 32 bits.
+    #[error("{field} `{value}` is not a number of 32 bits; write 0x and hexadecimal digits, or 0b and bits")]
+    Number {
+        /// The JSON field.
+        field: &'static str,
+        /// What it held.
+        value: String,
+    },
+    /// No KVM_CAP_*.
+    #[error("kvm_capabilities holds `{0}`; write the number of a capability, or ! and the number of one not needed")]
+    Capability(String),
+    /// A file that was to hold a configuration.
+    #[error("cpu-config {0:?} cannot be used: {1}")]
+    CpuConfigFile(PathBuf, String),
     /// Known to the API, not to this release.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -436,6 +460,8 @@ pub struct MetricsConfig {
 pub struct VmConfig {
     /// vCPUs and memory.
     pub machine: MachineConfig,
+    /// What the guest sees of its CPU.
+    pub cpu: Option<CpuConfig>,
     /// Kernel and initrd.
     pub boot_source: Option<BootSource>,
     /// The root drive is first, the others in the order they were configured.

@@ -15,8 +15,8 @@ use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
-    BootSource, ConfigError, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig, MetricsConfig,
-    MmdsConfig, NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
+    BootSource, ConfigError, CpuConfig, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig,
+    MetricsConfig, MmdsConfig, NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
 };
 
 /// Where the microVM is in its life.
@@ -43,6 +43,8 @@ pub enum Command {
     SetMachine(MachineConfig),
     /// Change some fields of the machine configuration.
     PatchMachine(MachineUpdate),
+    /// Replace what the guest sees of its CPU.
+    SetCpu(CpuConfig),
     /// Add or replace a drive.
     SetDrive(DriveConfig),
     /// Change a drive of a running microVM.
@@ -92,6 +94,7 @@ impl Command {
             Self::SetBootSource(_)
             | Self::SetMachine(_)
             | Self::PatchMachine(_)
+            | Self::SetCpu(_)
             | Self::SetDrive(_)
             | Self::SetNetworkInterface(_)
             | Self::SetVsock(_)
@@ -287,6 +290,7 @@ mod tests {
             (Command::SetMachine(MachineConfig::default()), "B"),
             (Command::PatchMachine(MachineUpdate::default()), "B"),
             (Command::SetVsock(VsockConfig { guest_cid: 3.try_into().unwrap(), uds_path: "v".into() }), "B"),
+            (Command::SetCpu(CpuConfig::default()), "B"),
             (Command::SetSerial(SerialConfig::default()), "B"),
             (Command::SetLogger(LoggerConfig::default()), "B"),
             (Command::SetMetrics(MetricsConfig::default()), "B"),

@@ -175,6 +175,10 @@ groups! {
         boot_source_count: Counter,
         /// Boot sources refused.
         boot_source_fails: Counter,
+        /// CPU configurations.
+        cpu_cfg_count: Counter,
+        /// CPU configurations refused.
+        cpu_cfg_fails: Counter,
         /// Drives.
         drive_count: Counter,
         /// Drives refused.

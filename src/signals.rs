@@ -84,3 +84,40 @@ impl AsRawFd for Termination {
         self.0.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fmt;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// A text that dies while it is written.
+    struct Fatal;
+
+    impl fmt::Display for Fatal {
+        fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+            // SAFETY: it sends a signal to this thread.
+            unsafe { libc::raise(libc::SIGSEGV) };
+            Ok(())
+        }
+    }
+
+    #[test]
+    #[ignore = "ends its process: a_signal_in_the_middle_of_a_log_line runs it in one of its own"]
+    fn a_log_line_that_dies() {
+        crate::log::init("vm");
+        install_fatal_handlers(|| {});
+        log::error!("{Fatal}");
+    }
+
+    /// The line holds the log's lock: a handler that wanted to log would wait for ever.
+    #[test]
+    fn a_signal_in_the_middle_of_a_log_line_ends_the_process_all_the_same() {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", "signals::tests::a_log_line_that_dies"]);
+        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+        assert_eq!((status.code(), status.signal()), (Some(150), None));
+    }
+}

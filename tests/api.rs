@@ -453,3 +453,136 @@ fn a_log_goes_where_the_client_says() {
     let fault = refused(&process.socket(), "PUT", "/logger", &json!({ "log_path": "/nonexistent/log" }));
     assert!(fault.contains("/nonexistent/log"), "{fault}");
 }
+
+/// The bit map that changes the four bytes of a register to `text`.
+fn spell(text: [u8; 4]) -> String {
+    format!("0b{:032b}", u32::from_le_bytes(text))
+}
+
+#[test]
+fn a_guest_sees_the_cpu_it_is_configured_to_see() {
+    // What the host has, the guest would have.
+    let host = fs::read_to_string("/proc/cpuinfo").unwrap();
+    assert!(host.contains(" sse4_2 ") && host.contains(" ssse3 "), "{host}");
+    let vm = Guest::debian("6.12").vcpus(2).configure();
+    let config = json!({
+        "kvm_capabilities": ["3", "!56"],
+        "cpuid_modifiers": [
+            { "leaf": "0x1", "subleaf": "0x0", "flags": 0,
+              "modifiers": [{ "register": "ecx", "bitmap": "0b0xxxx_xxxx_xxxx_xxxx_xxxx" }] },
+            { "leaf": "0x80000002", "subleaf": "0x0", "flags": 0,
+              "modifiers": [{ "register": "eax", "bitmap": spell(*b"Mine") }] },
+        ],
+        "msr_modifiers": [{ "addr": "0x3b", "bitmap": "0b1_0000_0000_0000" }],
+    });
+    vm.put("/cpu-config", &config);
+    assert_eq!(vm.get("/vm/config")["cpu-config"]["msr_modifiers"][0]["addr"], "0x3b");
+    let mut vm = vm;
+    vm.start();
+    vm.wait_until_ready();
+    let guest = vm.ok("cat /proc/cpuinfo");
+    assert_eq!(guest.matches(" ssse3 ").count(), 2, "{guest}");
+    assert_eq!(guest.matches(" sse4_2 ").count(), 0, "{guest}");
+    assert_eq!(guest.matches("model name\t: Mine").count(), 2, "{guest}");
+    // IA32_TSC_ADJUST, which Linux expects to be zero.
+    let log = vm.ok("dmesg");
+    assert!(log.contains("TSC ADJUST: CPU0: 4096 force to 0"), "{log}");
+    vm.refused_put("/cpu-config", &json!({}));
+    vm.shut_down();
+}
+
+#[test]
+fn a_cpu_that_the_host_cannot_show_is_refused_at_the_start() {
+    let vm = Guest::tuned().configure();
+    for (config, says) in [
+        (
+            json!({ "cpuid_modifiers": [{ "leaf": "0x77777777", "subleaf": "0x1", "flags": 0, "modifiers": [] }] }),
+            "no CPUID leaf 0x77777777, subleaf 0x1",
+        ),
+        (json!({ "msr_modifiers": [{ "addr": "0xdeadbeef", "bitmap": "0b1" }] }), "no MSR 0xdeadbeef"),
+        (json!({ "kvm_capabilities": ["99999"] }), "lacks capability 99999"),
+    ] {
+        vm.put("/cpu-config", &config);
+        let fault = vm.refused_put("/actions", &json!({ "action_type": "InstanceStart" }));
+        assert!(fault.contains(says), "{fault}");
+    }
+    vm.put("/cpu-config", &json!({}));
+    let mut vm = vm;
+    vm.start();
+    vm.wait_until_ready();
+    vm.shut_down();
+}
+
+#[test]
+fn a_log_is_filtered_by_level_and_module_and_says_where_its_lines_come_from() {
+    let process = Process::start(&[]);
+    let socket = process.socket();
+    let log = process.dir.path().join("filtered");
+    let logger = |body: Value| done(&socket, "PUT", "/logger", &body);
+    // A request that is answered is a line at level Debug, one that is refused a warning.
+    let lines_of_two_requests = || {
+        let before = fs::read_to_string(&log).unwrap().len();
+        get(&socket, "/version");
+        refused(&socket, "PUT", "/actions", &json!({ "action_type": "Dance" }));
+        fs::read_to_string(&log).unwrap()[before..].to_owned()
+    };
+    logger(json!({ "log_path": log, "level": "Warning" }));
+    let lines = lines_of_two_requests();
+    assert!(lines.contains(":api] PUT /actions: 400 ") && lines.lines().count() == 1, "{lines}");
+    logger(json!({ "level": "debug", "show_level": true, "show_log_origin": true }));
+    let lines = lines_of_two_requests();
+    assert!(lines.contains(":api:DEBUG:src/api/server.rs:") && lines.contains("] GET /version: 200\n"), "{lines}");
+    assert!(lines.contains(":api:WARN:src/api/server.rs:"), "{lines}");
+    for (body, count) in [
+        (json!({ "module": "vesicle::machine" }), 0),
+        (json!({ "module": "vesicle::api::ser" }), 2),
+        (json!({ "module": "vesicle::api::server::x" }), 0),
+        (json!({ "module": "vesicle", "level": "Error" }), 0),
+        (json!({ "level": "Off" }), 0),
+        (json!({ "level": "Trace" }), 2),
+        (json!({ "level": "WARN" }), 1),
+    ] {
+        logger(body.clone());
+        let lines = lines_of_two_requests();
+        // The answer to PUT /logger itself comes before.
+        assert_eq!(lines.lines().count(), count, "{body}: {lines}");
+    }
+    assert!(refused(&socket, "PUT", "/logger", &json!({ "level": "Loud" })).contains("Loud"));
+}
+
+#[test]
+fn one_place_in_the_log_cannot_fill_a_disk() {
+    let process = Process::start(&[]);
+    let socket = process.socket();
+    let start = Instant::now();
+    for _ in 0..60 {
+        refused(&socket, "PUT", "/actions", &json!({ "action_type": "Dance" }));
+    }
+    // Ten lines in five seconds, and a word about those that were left out.
+    let periods = start.elapsed().as_secs() as usize / 5 + 2;
+    let lines = process.log().lines().count();
+    assert!((10..=11 * periods).contains(&lines), "{lines} in {periods}");
+    let (_, metrics) = curl(&socket, &[], "/metrics");
+    assert!(sample(&metrics, "vesicle_logger_rate_limited_log_count_total") >= 60.0 - lines as f64, "{metrics}");
+}
+
+#[test]
+fn a_fifo_without_a_reader_is_refused_at_once_and_a_slow_reader_holds_up_nobody() {
+    let vm = Guest::tuned().argument("--level").argument("Debug").launch();
+    let fifo = vm.dir().join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    for (path, field) in [("/logger", "log_path"), ("/serial", "serial_out_path"), ("/metrics", "metrics_path")] {
+        let fault = vm.refused_put(path, &json!({ field: fifo }));
+        assert!(fault.contains(field), "{fault}");
+    }
+    let reader = fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    vm.put("/logger", &json!({ "log_path": fifo }));
+    // More than a pipe holds.
+    for _ in 0..2000 {
+        assert_eq!(vm.api().get("/version").unwrap().status, 200);
+    }
+    let metrics = vm.api().get("/metrics").unwrap().body;
+    assert!(sample(&metrics, "vesicle_logger_missed_log_count_total") > 0.0, "{metrics}");
+    drop(reader);
+    assert_eq!(vm.api().get("/version").unwrap().status, 200, "a reader that went away is no matter");
+}

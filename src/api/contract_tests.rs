@@ -49,7 +49,9 @@ fn resolve<'d>(document: &'d Value, schema: &'d Value) -> &'d Value {
 /// A legal value of a schema, every property there.
 fn sample(document: &Value, schema: &Value) -> Value {
     let schema = resolve(document, schema);
-    if let Some(value) = schema.get("default").or_else(|| schema.get("enum").map(|values| &values[0])) {
+    if let Some(value) =
+        schema.get("default").or_else(|| schema.get("enum").or(schema.get("examples")).map(|values| &values[0]))
+    {
         return value.clone();
     }
     if let Some(examples) = schema.get("examples") {
@@ -129,7 +131,7 @@ fn every_schema_is_its_type() {
         ($($name:ident)+) => { [$((stringify!($name), check::<types::$name> as fn(&str))),+] };
     }
     let checks = check_all! {
-        Error InstanceInfo Version InstanceAction Vm BootSource MachineConfiguration MachineConfigurationUpdate
+        CpuConfig CpuidLeafModifier CpuidRegisterModifier MsrModifier Error InstanceInfo Version InstanceAction Vm BootSource MachineConfiguration MachineConfigurationUpdate
         Drive PartialDrive NetworkInterface PartialNetworkInterface RateLimiter TokenBucket Vsock SerialDevice Logger Metrics
         MmdsConfig FullVmConfiguration LifecycleEvent
     };

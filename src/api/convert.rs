@@ -1,5 +1,7 @@
 //! Wire types to configuration types, once and fallibly; and back for what GET answers.
 
+mod cpu;
+
 use super::types;
 use crate::config::{self, ConfigError};
 use crate::control::{Lifecycle, MachineUpdate};
@@ -369,6 +371,7 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
         Self {
             boot_source: config.boot_source.as_ref().map(Into::into),
             machine_config: Some((&config.machine).into()),
+            cpu_config: config.cpu.as_ref().map(|cpu| types::CpuConfigSource::Body(cpu.into())),
             drives: config.drives.iter().map(Into::into).collect(),
             network_interfaces: config.network_interfaces.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(Into::into),

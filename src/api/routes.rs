@@ -1,11 +1,13 @@
 //! Method, path and body to a command: no I/O, no state.
 
+use std::path::PathBuf;
+
 use hyper::Method;
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
 use super::types;
-use crate::config::{ConfigError, VmConfig, check_resource_id};
+use crate::config::{ConfigError, CpuConfig, VmConfig, check_resource_id};
 use crate::control::{Command, Reply};
 use crate::metrics::{Counter, METRICS};
 
@@ -110,6 +112,8 @@ pub static ENDPOINTS: &[Endpoint] = &[
         put_api_requests machine_cfg_count machine_cfg_fails),
     endpoint!(PATCH "machine-config" |_, body| patch_machine_config(body),
         patch_api_requests machine_cfg_count machine_cfg_fails),
+    endpoint!(PUT "cpu-config" |_, body| ask(Command::SetCpu(parse::<types::CpuConfig>(body)?.try_into()?)),
+        put_api_requests cpu_cfg_count cpu_cfg_fails),
     endpoint!(PUT "drives/{drive_id}" put_drive, put_api_requests drive_count drive_fails),
     endpoint!(PATCH "drives/{drive_id}" patch_drive, patch_api_requests drive_count drive_fails),
     endpoint!(PUT "network-interfaces/{iface_id}" put_network_interface, put_api_requests network_count network_fails),
@@ -132,7 +136,6 @@ pub static ENDPOINTS: &[Endpoint] = &[
 
 /// What published clients may ask for and this release does not do: first path segment, and why.
 const UNAVAILABLE: &[(&str, &str)] = &[
-    ("cpu-config", NOT_YET),
     ("snapshot", NOT_YET),
     ("balloon", OUT_OF_SCOPE),
     ("entropy", OUT_OF_SCOPE),
@@ -359,7 +362,6 @@ pub fn config_commands(json: &[u8]) -> Result<Vec<Command>, ApiError> {
 fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     let file: types::FullVmConfiguration = parse(json)?;
     for (present, reason) in [
-        (file.cpu_config.present, "cpu-config is not available in this release; leave it out"),
         (file.balloon.present, "balloon is outside the scope of this VMM; leave it out"),
         (file.entropy.present, "entropy is outside the scope of this VMM; leave it out"),
         (file.pmem.present, "pmem is outside the scope of this VMM; leave it out"),
@@ -374,6 +376,11 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     commands.extend(file.metrics.map(|body| Command::SetMetrics(body.into())));
     if let Some(body) = file.machine_config {
         commands.push(Command::SetMachine(body.try_into()?));
+    }
+    match file.cpu_config {
+        Some(types::CpuConfigSource::Body(body)) => commands.push(Command::SetCpu(body.try_into()?)),
+        Some(types::CpuConfigSource::Path(path)) => commands.push(Command::SetCpu(cpu_config_file(path)?)),
+        None => {}
     }
     if let Some(body) = file.boot_source {
         commands.push(Command::SetBootSource(body.try_into()?));
@@ -392,6 +399,15 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
         commands.push(Command::SetMmds(body.try_into()?));
     }
     Ok(commands)
+}
+
+/// The one thing that is read here: a file that a configuration file refers to.
+fn cpu_config_file(path: PathBuf) -> Result<CpuConfig, ConfigError> {
+    let read = || serde_json::from_slice::<types::CpuConfig>(&std::fs::read(&path)?).map_err(std::io::Error::other);
+    match read() {
+        Ok(body) => body.try_into(),
+        Err(error) => Err(ConfigError::CpuConfigFile(path, error.to_string())),
+    }
 }
 
 #[cfg(test)]

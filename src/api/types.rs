@@ -3,6 +3,8 @@
 //! Every type refuses fields it does not know. Nothing here is checked beyond its JSON type;
 //! `convert` turns it into the configuration types, which are.
 
+mod cpu;
+
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -10,6 +12,8 @@ use std::path::PathBuf;
 use serde::de::{Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::ser::{SerializeSeq, Serializer};
 use serde::{Deserialize, Serialize};
+
+pub use cpu::{CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier, MsrModifier};
 
 /// The body of every refusal.
 #[derive(Debug, Serialize, Deserialize)]
@@ -430,8 +434,8 @@ pub struct FullVmConfiguration {
     pub logger: Option<Logger>,
     /// PUT /metrics.
     pub metrics: Option<Metrics>,
-    /// Not in this release.
-    pub cpu_config: Unavailable,
+    /// PUT /cpu-config, or the path of a file that holds it.
+    pub cpu_config: Option<CpuConfigSource>,
     /// PUT /network-interfaces, each.
     pub network_interfaces: Vec<NetworkInterface>,
     /// PUT /vsock.

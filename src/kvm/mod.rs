@@ -36,6 +36,20 @@ pub enum Error {
     /// A CPUID list or MSR list does not fit.
     #[error("{0} has more entries than KVM accepts")]
     TooMany(&'static str),
+    /// A capability that the configuration asks for.
+    #[error("kvm_capabilities: this host's KVM lacks capability {0}")]
+    Capability(u32),
+    /// A change to what is not there.
+    #[error("cpuid_modifiers: KVM shows no CPUID leaf {leaf:#x}, subleaf {subleaf:#x} on this host")]
+    NoCpuidLeaf {
+        /// EAX.
+        leaf: u32,
+        /// ECX.
+        subleaf: u32,
+    },
+    /// The same.
+    #[error("msr_modifiers: KVM has no MSR {0:#x} on this host, or does not let it be read")]
+    NoMsr(u32),
     /// A thread could not be started.
     #[error("cannot start the thread of vCPU {0}")]
     Thread(u8, #[source] std::io::Error),

@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, ioctl};
+use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
 
 /// `/dev/kvm`, checked, with what it supports read once.
@@ -21,9 +22,9 @@ pub struct Kvm {
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm` and reads the CPUID leaves it supports (the read costs a quarter of a
+    /// Opens `/dev/kvm`, checks what it must be able to do, changed by `changes`, and reads the CPUID leaves it supports (the read costs a quarter of a
     /// millisecond, so it is done once).
-    pub fn open() -> Result<Self, Error> {
+    pub fn open(changes: &[Capability]) -> Result<Self, Error> {
         let fd = kvm_ioctls::Kvm::new().map_err(Error::Open)?;
         if fd.get_api_version() != 12 {
             return Err(Error::Lacks("API version 12"));
@@ -38,8 +39,15 @@ impl Kvm {
             (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
             (Cap::ImmediateExit, "immediate_exit"),
         ] {
-            if !fd.check_extension(cap) {
+            if !changes.contains(&Capability::Waived(cap as u32)) && !fd.check_extension(cap) {
                 return Err(Error::Lacks(name));
+            }
+        }
+        for change in changes {
+            if let Capability::Required(number) = *change
+                && fd.check_extension_raw(number.into()) <= 0
+            {
+                return Err(Error::Capability(number));
             }
         }
         let supported_cpuid =

@@ -235,3 +235,99 @@ pub fn restore_terminal() {
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &settings) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::PipeReader;
+    use std::os::fd::OwnedFd;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+
+    const DATA: u16 = 0;
+    const LSR: u16 = 5;
+    const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
+
+    fn serial() -> Mutex<Serial> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        Mutex::new(Serial::new(event(), event()))
+    }
+
+    fn console(limit: Option<&TokenBucketConfig>) -> (PipeReader, Console) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, Console::new(Some(File::from(OwnedFd::from(writer))), limit))
+    }
+
+    /// Writes as a driver that heeds the line status, at most `count` bytes; returns how many.
+    fn write(serial: &Mutex<Serial>, first: usize, count: usize) -> usize {
+        let mut serial = lock(serial);
+        let mut written = 0;
+        while written < count && serial.read(LSR) & LSR_TRANSMITTER_EMPTY != 0 {
+            serial.write(DATA, ((first + written) % 251) as u8);
+            written += 1;
+        }
+        written
+    }
+
+    #[test]
+    fn a_destination_that_takes_nothing_holds_up_neither_vmm_nor_loses_the_guests_output() {
+        let mut events = EventLoop::new().unwrap();
+        let (mut reader, mut console) = console(None);
+        let serial = serial();
+        let mut written = 0;
+        loop {
+            let count = write(&serial, written, usize::MAX);
+            written += count;
+            console.write_output(&serial, &events);
+            if count == 0 {
+                break;
+            }
+        }
+        assert!(console.pending.len() <= CHUNK && written < 200_000, "bounded, and the guest waits");
+        let mut read = Vec::new();
+        while read.len() < written {
+            let mut buffer = [0; 4096];
+            let count = reader.read(&mut buffer).unwrap();
+            read.extend_from_slice(&buffer[..count]);
+            if read.len() < written && !console.pending.is_empty() {
+                assert_eq!(events.wait().unwrap().collect::<Vec<_>>(), [Token::OutputReady]);
+                console.write_output(&serial, &events);
+            }
+        }
+        assert!(read.iter().enumerate().all(|(index, byte)| *byte == (index % 251) as u8));
+        assert!(write(&serial, 0, 1) == 1, "there is room again");
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_not_noticed_by_the_guest() {
+        let events = EventLoop::new().unwrap();
+        let (reader, mut console) = console(None);
+        drop(reader);
+        let serial = serial();
+        let before = METRICS.uart.missed_write_count.get();
+        for _ in 0..100 {
+            assert_eq!(write(&serial, 0, 1000), 1000);
+            console.write_output(&serial, &events);
+        }
+        assert!(METRICS.uart.missed_write_count.get() >= before + 100_000);
+    }
+
+    #[test]
+    fn output_over_the_limit_is_dropped_and_counted_and_the_guest_goes_on() {
+        let events = EventLoop::new().unwrap();
+        let limit = TokenBucketConfig { size: 5000, refill_time_ms: 3_600_000, one_time_burst: 0 };
+        let (mut reader, mut console) = console(Some(&limit));
+        let serial = serial();
+        let before = METRICS.uart.rate_limiter_dropped_bytes.get();
+        for _ in 0..100 {
+            assert_eq!(write(&serial, 0, 1000), 1000);
+            console.write_output(&serial, &events);
+        }
+        assert!(METRICS.uart.rate_limiter_dropped_bytes.get() >= before + 94_000);
+        drop(console);
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        assert_eq!(read.len(), 5000);
+    }
+}

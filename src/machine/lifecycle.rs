@@ -191,6 +191,7 @@ impl Vmm {
             }
             Command::SetMachine(machine) => self.config.machine = machine,
             Command::PatchMachine(update) => self.config.machine = update.apply(&self.config.machine)?,
+            Command::SetCpu(cpu) => self.config.cpu = Some(cpu),
             Command::SetDrive(drive) => {
                 let mut config = self.config.clone();
                 config.set_drive(drive.clone())?;
@@ -296,6 +297,7 @@ impl Vmm {
             topology: Topology { vcpus: config.vcpu_count, threads_per_core: if config.smt { 2 } else { 1 } },
             ram_bytes: config.mem_size_mib << 20,
             huge_pages: config.huge_pages,
+            cpu: self.config.cpu.clone().unwrap_or_default(),
         };
         let listener = self.vsock.as_ref().map(|(listener, _)| listener);
         let devices = || devices::build(&self.config, &self.files, &self.mmds, listener);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
-use crate::config::HugePages;
+use crate::config::{CpuConfig, HugePages};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
@@ -40,7 +40,7 @@ impl kvm::Exits for Bus {
 }
 
 /// What decides the machine's shape.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Layout {
     /// vCPUs and how they share cores.
     pub topology: Topology,
@@ -48,6 +48,8 @@ pub struct Layout {
     pub ram_bytes: u64,
     /// Backing of guest RAM.
     pub huge_pages: HugePages,
+    /// What the guest sees of its CPU.
+    pub cpu: CpuConfig,
 }
 
 /// See the module.
@@ -74,7 +76,7 @@ impl Shell {
         devices: impl FnOnce() -> Result<Vec<Device>, Error>,
         boot_timer: Option<BootTimer>,
     ) -> Result<Self, Error> {
-        let kvm = Kvm::open()?;
+        let kvm = Kvm::open(&layout.cpu.kvm_capabilities)?;
         let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
         let devices = devices()?;
         let windows = Windows::new(devices.len());
@@ -84,10 +86,12 @@ impl Shell {
         let vcpu_fds = (0..layout.topology.vcpus)
             .map(|id| {
                 let fd = vm.create_vcpu(id)?;
-                let cpuid = cpuid::for_vcpu(kvm.supported_cpuid(), layout.topology, id)?;
+                let mut cpuid = cpuid::for_vcpu(kvm.supported_cpuid(), layout.topology, id)?;
+                cpuid::modify(&mut cpuid, &layout.cpu.cpuid_modifiers)?;
                 // CPUID first: it decides which MSRs there are.
                 fd.set_cpuid2(&cpuid).map_err(kvm::ioctl("KVM_SET_CPUID2"))?;
                 msrs::set_boot_msrs(&fd)?;
+                msrs::modify(&fd, &layout.cpu.msr_modifiers)?;
                 regs::set_fpu(&fd)?;
                 regs::set_lint(&fd)?;
                 Ok(fd)

@@ -189,6 +189,43 @@ fn a_log_level_is_read_in_any_case() {
 }
 
 #[test]
+fn a_cpu_configuration_is_read_as_it_is_published() {
+    let body = r#"{
+        "kvm_capabilities": ["171", "!56"],
+        "cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
+            {"register": "eax", "bitmap": "0bxxxx000000000011xx00_011011110010"}]}],
+        "msr_modifiers": [{"addr": "0x10a", "bitmap": "0b0"}]
+    }"#;
+    let Command::SetCpu(cpu) = command(Method::PUT, "/cpu-config", body) else { panic!() };
+    assert_eq!(cpu.kvm_capabilities, [Capability::Required(171), Capability::Waived(56)]);
+    assert_eq!((cpu.cpuid_modifiers[0].leaf, cpu.msr_modifiers[0].address), (1, 0x10a));
+    assert_eq!(cpu.cpuid_modifiers[0].registers[0].1.apply(0xffff_ffff), 0xf003_c6f2);
+    assert_eq!(cpu.msr_modifiers[0].bitmap.apply(3), 2);
+    assert!(matches!(command(Method::PUT, "/cpu-config", "{}"), Command::SetCpu(cpu) if cpu == CpuConfig::default()));
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, body).unwrap();
+    let config = serde_json::json!({ "cpu-config": file.path() }).to_string();
+    let commands = config_commands(config.as_bytes()).unwrap();
+    assert!(matches!(&commands[..], [Command::SetCpu(read)] if *read == cpu));
+
+    for (body, named) in [
+        (r#"{"kvm_capabilities": ["x"]}"#, "kvm_capabilities holds `x`"),
+        (r#"{"msr_modifiers": [{"addr": "7", "bitmap": "0b0"}]}"#, "addr `7` is not a number of 32 bits"),
+        (r#"{"msr_modifiers": [{"addr": "0x7", "bitmap": "0b2"}]}"#, "bitmap `0b2` is not 0b and then at most 64"),
+        (
+            r#"{"cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
+                {"register": "ekx", "bitmap": "0b1"}]}]}"#,
+            "unknown variant `ekx`, expected one of `eax`, `ebx`, `ecx`, `edx`",
+        ),
+        (r#"{"reg_modifiers": []}"#, "unknown field `reg_modifiers`"),
+    ] {
+        let message = refusal(Method::PUT, "/cpu-config", body);
+        assert!(message.contains(named), "{message}");
+    }
+}
+
+#[test]
 fn metadata_is_any_json_and_its_configuration_is_checked() {
     for body in ["{}", "null", "[1]", r#"{"a":{"b":""}}"#] {
         assert!(matches!(command(Method::PUT, "/mmds", body), Command::PutMetadata(_)));
@@ -222,7 +259,6 @@ fn metadata_is_any_json_and_its_configuration_is_checked() {
 fn what_this_release_does_not_do_is_said_plainly() {
     for (method, path, said) in [
         (Method::PUT, "/snapshot/load", "PUT /snapshot/load is not available in this release."),
-        (Method::PUT, "/cpu-config", "PUT /cpu-config is not available in this release."),
         (Method::PATCH, "/balloon/statistics", "outside the scope"),
         (Method::PUT, "/entropy", "outside the scope"),
         (Method::PUT, "/pmem/p", "outside the scope"),
@@ -263,6 +299,7 @@ fn configure(commands: Vec<Command>) -> VmConfig {
             Command::SetLogger(logger) => config.logger = Some(logger),
             Command::SetMetrics(metrics) => config.metrics = Some(metrics),
             Command::SetMmds(mmds) => config.mmds = Some(mmds),
+            Command::SetCpu(cpu) => config.cpu = Some(cpu),
             other => panic!("{other:?}"),
         }
     }
@@ -306,7 +343,9 @@ fn a_configuration_file_with_what_is_not_there_is_refused() {
         (r#"{"network-interfaces": [{}]}"#, "missing field `iface_id`"),
         (r#"{"vsock": {"guest_cid": 3}}"#, "missing field `uds_path`"),
         (r#"{"vsock": {"guest_cid": 2, "uds_path": "v"}}"#, "guest_cid is 2"),
-        (r#"{"cpu-config": "t.json"}"#, "cpu-config is not available"),
+        (r#"{"cpu-config": "/nonexistent/t.json"}"#, "cpu-config \"/nonexistent/t.json\" cannot be used"),
+        (r#"{"cpu-config": {"cpuid": []}}"#, "unknown field `cpuid`"),
+        (r#"{"cpu-config": 7}"#, "expected a CPU configuration, or the path of a file with one"),
         (r#"{"mmds-config": {}}"#, "missing field `network_interfaces`"),
         (r#"{"balloon": {}}"#, "balloon is outside the scope"),
         (r#"{"entropy": {}}"#, "entropy is outside the scope"),
@@ -401,6 +440,7 @@ prop_compose! {
         properties in proptest::collection::btree_map("\\PC{0,8}", "\\PC{0,8}", 0..3),
         module in proptest::option::of("\\PC{0,8}"),
         mmds in proptest::option::of(any::<(bool, bool, u8)>()),
+        cpu in proptest::option::of(any::<(u32, u32, bool)>()),
     ) -> VmConfig {
         let huge_pages = if huge { HugePages::Size2M } else { HugePages::Transparent };
         let mut config = VmConfig {
@@ -419,6 +459,14 @@ prop_compose! {
             }),
             metrics: Some(MetricsConfig {
                 metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
+            }),
+            cpu: cpu.map(|(leaf, number, set)| CpuConfig {
+                cpuid_modifiers: vec![CpuidModifier {
+                    leaf, subleaf: number, flags: number,
+                    registers: vec![(CpuidRegister::Ebx, BitMap::parse(if set { "0b1x" } else { "0b0x" }, 32).unwrap())],
+                }],
+                msr_modifiers: vec![MsrModifier { address: leaf, bitmap: BitMap::parse("0b1xxx0", 64).unwrap() }],
+                kvm_capabilities: vec![if set { Capability::Required(number) } else { Capability::Waived(number) }],
             }),
             mmds: mmds.map(|(v2, imds_compat, host)| MmdsConfig {
                 network_interfaces: vec!["eth0".into()],

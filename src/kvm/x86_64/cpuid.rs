@@ -6,6 +6,7 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+use crate::config::{CpuidModifier, CpuidRegister};
 use crate::kvm::Error;
 
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -76,6 +77,31 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology, apic_id: u8) -> Result<Cp
     }
     set_brand(&mut entries, vendor);
     CpuId::from_entries(&entries).map_err(|_| Error::TooMany("the CPUID list"))
+}
+
+/// Changes what the guest sees.
+///
+/// # Errors
+/// A leaf that is not there.
+pub fn modify(cpuid: &mut CpuId, modifiers: &[CpuidModifier]) -> Result<(), Error> {
+    for &CpuidModifier { leaf, subleaf, flags, ref registers } in modifiers {
+        let mut entries = cpuid.as_mut_slice().iter_mut();
+        let entry = entries
+            .find(|entry| (entry.function, entry.index) == (leaf, subleaf))
+            .ok_or(Error::NoCpuidLeaf { leaf, subleaf })?;
+        entry.flags = flags;
+        for (register, bitmap) in registers {
+            let register = match register {
+                CpuidRegister::Eax => &mut entry.eax,
+                CpuidRegister::Ebx => &mut entry.ebx,
+                CpuidRegister::Ecx => &mut entry.ecx,
+                CpuidRegister::Edx => &mut entry.edx,
+            };
+            // The bit map is one of 32 bits.
+            *register = bitmap.apply((*register).into()) as u32;
+        }
+    }
+    Ok(())
 }
 
 fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
@@ -184,6 +210,7 @@ fn set_brand(entries: &mut [kvm_cpuid_entry2], vendor: Vendor) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::BitMap;
 
     /// A leaf as one line of a recording: function, index, eax, ebx, ecx, edx.
     type Row = (u32, u32, u32, u32, u32, u32);
@@ -283,6 +310,28 @@ mod tests {
                 assert_eq!(leaf(&cpuid, 0xb, 1).ebx, u32::from(vcpus));
             }
         }
+    }
+
+    #[test]
+    fn a_modifier_has_the_last_word_and_one_for_a_missing_leaf_is_refused() {
+        let change = |leaf, subleaf, bitmap: &str| CpuidModifier {
+            leaf,
+            subleaf,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            registers: vec![
+                (CpuidRegister::Eax, BitMap::parse(bitmap, 32).unwrap()),
+                (CpuidRegister::Edx, BitMap::parse("0b1", 32).unwrap()),
+            ],
+        };
+        let before = for_vcpu(&record(INTEL), Topology { vcpus: 1, threads_per_core: 1 }, 0).unwrap();
+        let mut cpuid = before.clone();
+        modify(&mut cpuid, &[change(4, 2, "0b0xxx1"), change(1, 0, "0bx")]).unwrap();
+        let (old, new) = (leaf(&before, 4, 2), leaf(&cpuid, 4, 2));
+        assert_eq!((new.eax, new.edx), (old.eax & !0x10 | 1, old.edx | 1));
+        assert_eq!((new.ebx, new.ecx, new.flags), (old.ebx, old.ecx, KVM_CPUID_FLAG_SIGNIFCANT_INDEX));
+        assert_eq!((leaf(&cpuid, 4, 1), leaf(&cpuid, 1, 0).eax), (leaf(&before, 4, 1), leaf(&before, 1, 0).eax));
+        let error = modify(&mut cpuid, &[change(0x77, 3, "0b1")]).unwrap_err().to_string();
+        assert_eq!(error, "cpuid_modifiers: KVM shows no CPUID leaf 0x77, subleaf 0x3 on this host");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
+use crate::config::MsrModifier;
 use crate::kvm::{Error, ioctl};
 
 const IA32_TSC: u32 = 0x10;
@@ -46,4 +47,26 @@ pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
         Some((refused, _)) => Err(Error::Msr(*refused)),
         None => Ok(()),
     }
+}
+
+/// Changes what a vCPU begins with.
+///
+/// # Errors
+/// An MSR that does not exist here, or a value it cannot have.
+pub fn modify(vcpu: &VcpuFd, modifiers: &[MsrModifier]) -> Result<(), Error> {
+    for modifier in modifiers {
+        let index = modifier.address;
+        let one = |data| {
+            let entry = kvm_msr_entry { index, data, ..Default::default() };
+            Msrs::from_entries(&[entry]).map_err(|_| Error::TooMany("the MSR list"))
+        };
+        let mut msrs = one(0)?;
+        let read = vcpu.get_msrs(&mut msrs).map_err(ioctl("KVM_GET_MSRS"))?;
+        let data = msrs.as_slice().first().filter(|_| read == 1).ok_or(Error::NoMsr(index))?.data;
+        let set = vcpu.set_msrs(&one(modifier.bitmap.apply(data))?).map_err(ioctl("KVM_SET_MSRS"))?;
+        if set != 1 {
+            return Err(Error::Msr(index));
+        }
+    }
+    Ok(())
 }
