@@ -1,6 +1,7 @@
 //! The launcher that people use by hand.
 
 mod bench;
+mod image;
 mod run;
 
 use std::error::Error;
@@ -12,9 +13,11 @@ const HELP: &str = "\
 A launcher for microVMs.
 
 Usage: vesiclectl run [OPTION]... [-- COMMAND...]
+       vesiclectl image build --output FILE [OPTION]... SOURCE
        vesiclectl bench OPTION...
 
   run      run a command in a microVM
+  image    make a root file system
   bench    measure VMMs
 
 `vesiclectl SUBCOMMAND --help` says more.
@@ -45,6 +48,13 @@ fn command() -> Result<u8, Box<dyn Error>> {
                 return run.run();
             }
             print!("{}", run::HELP);
+        }
+        Some(Arg::Value(name)) if name == "image" => {
+            if let Some(build) = image::Build::parse(&mut parser).map_err(usage)? {
+                build.run()?;
+                return Ok(0);
+            }
+            print!("{}", image::HELP);
         }
         Some(Arg::Value(name)) if name == "bench" => {
             if let Some(bench) = bench::Arguments::parse(&mut parser)? {
