@@ -412,3 +412,5 @@ fn cpu_config_file(path: PathBuf) -> Result<CpuConfig, ConfigError> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_random;

@@ -125,6 +125,11 @@ impl Stack {
         self.replies.is_empty() && self.connections.iter().all(|connection| !connection.open)
     }
 
+    /// Bytes of responses under way.
+    fn held(&self) -> usize {
+        self.connections.iter().map(|connection| connection.response.len()).sum()
+    }
+
     /// Sees to it that a socket listens. At the limit the connection that has been without progress
     /// for longest goes, unless all of them are busy: then the guest has to try again.
     fn make_room(&mut self, now: Duration) -> bool {
@@ -204,7 +209,7 @@ impl Stack {
     /// Moves every connection on as far as it goes.
     fn serve(&mut self, mmds: &mut Mmds, now: Duration) {
         let room = DOCUMENTS.saturating_mul(mmds.store.limit());
-        let mut held: usize = self.connections.iter().map(|connection| connection.response.len()).sum();
+        let mut held = self.held();
         for connection in &mut self.connections {
             let socket = self.sockets.get_mut::<Socket<'_>>(connection.handle);
             if !connection.open && socket.state() != State::Listen {
@@ -360,5 +365,52 @@ impl Device for Wire<'_> {
         (checksums.ipv4, checksums.tcp, checksums.icmpv4) = (Checksum::Tx, Checksum::Tx, Checksum::Tx);
         capabilities.checksum = checksums;
         capabilities
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::mmds::tests::{ADDRESS, GUEST, GUEST_MAC};
+
+    /// The frames with which a guest asks for the document without reading any of it.
+    fn ask(stack: &mut Stack, mmds: &mut Mmds, port: u16, now: Duration) {
+        let mut buffer = [0; MAX_FRAME];
+        let mut acknowledgement = [0; 4];
+        for (flags, sequence, payload) in
+            [(2u8, 1u32, ""), (16, 2, "GET / HTTP/1.1\r\nAccept: application/json\r\n\r\n")]
+        {
+            let length = (40 + payload.len()) as u16;
+            let ip = [&[0x45, 0][..], &length.to_be_bytes(), &[0, 0, 0x40, 0, 64, 6, 0, 0]].concat();
+            let ports = [port.to_be_bytes(), PORT.to_be_bytes()].concat();
+            let tcp = [&ports[..], &sequence.to_be_bytes(), &acknowledgement, &[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]];
+            let head = [&MAC[..], &GUEST_MAC, &[8, 0], &ip, &GUEST.octets(), &ADDRESS.octets()].concat();
+            stack.receive(&[&head[..], &tcp.concat(), payload.as_bytes()].concat(), mmds, now);
+            while let Some(length) = stack.transmit(&mut buffer, mmds, now) {
+                // The answer to the SYN, or to a question for the guest's address.
+                if length == 58 {
+                    let number: [u8; 4] = buffer[38..42].try_into().unwrap();
+                    acknowledgement = (u32::from_be_bytes(number) + 1).to_be_bytes();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_that_asks_for_much_and_reads_nothing_pins_little() {
+        let now = Duration::from_secs(1);
+        let mut mmds = Mmds::new(100_000);
+        mmds.store.put(json!("d".repeat(99_998))).unwrap();
+        let mut stack = Stack::new(ADDRESS, now);
+        let arp = [&[0xff; 6][..], &GUEST_MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &GUEST_MAC, &GUEST.octets(), &[0; 6]];
+        stack.receive(&[&arp.concat()[..], &ADDRESS.octets()].concat(), &mut mmds, now);
+        for port in 0..200 {
+            ask(&mut stack, &mut mmds, 40_000 + port, now);
+        }
+        let unread = stack.connections.iter().filter(|connection| !connection.response.is_empty()).count();
+        assert_eq!((stack.connections.len(), unread), (MAX_CONNECTIONS, DOCUMENTS));
+        assert!(stack.held() < DOCUMENTS * 101_000);
     }
 }

@@ -324,6 +324,25 @@ fn what_the_guest_lost_is_sent_again() {
 }
 
 #[test]
+fn a_guest_that_asked_long_ago_is_answered_and_one_that_never_did_is_asked_where_it_is() {
+    let mut guest = Hand::new(endpoint(json!({"a": "one"})), 7);
+    guest.now += Duration::from_secs(3600);
+    guest.connect(&[]);
+    assert_eq!(guest.get("/a"), "one");
+
+    guest.endpoint.reset();
+    guest.raw(SYN, &[], &[]);
+    let question = guest.frame().unwrap();
+    let asked = (&question[12..14], &question[20..22], &question[38..42]);
+    assert_eq!(asked, (&[8, 6][..], &[0, 1][..], &GUEST.octets()[..]));
+    assert_eq!(guest.frame(), None);
+    let reply = [&MAC[..], &GUEST_MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &GUEST_MAC, &GUEST.octets(), &MAC].concat();
+    guest.endpoint.receive(&[&reply[..], &ADDRESS.octets()].concat(), guest.now);
+    let answer = guest.segments();
+    assert_eq!((answer.len(), answer[0].flags), (1, SYN | ACK));
+}
+
+#[test]
 fn a_segment_longer_than_any_frame_is_taken_in() {
     let mut guest = Hand::new(endpoint(json!({"a": "one"})), 7);
     guest.connect(&[]);

@@ -108,7 +108,7 @@ impl Service {
     /// Sets the timer, once all was said. As long as the guest has no buffers for what there is, its
     /// next notification is what matters.
     pub fn set_timer(&mut self) {
-        let delay = if self.silent { self.endpoint.delay(now()) } else { None };
+        let delay = if self.silent && self.may_speak() { self.endpoint.delay(now()) } else { None };
         // A timer that cannot be set is missed only by a guest that loses frames.
         match delay {
             Some(delay) => self.armed = self.timer.reset(delay, None).is_ok(),

@@ -1,0 +1,214 @@
+//! Any request at all, and any configuration.
+
+use proptest::prelude::*;
+
+use super::tests::{configure, fault};
+use super::*;
+use crate::config::*;
+
+fn bucket() -> impl Strategy<Value = Option<TokenBucketConfig>> {
+    any::<(u64, u64, u64)>().prop_map(|(size, refill, burst)| TokenBucketConfig::new(size, refill, burst))
+}
+
+fn limiter() -> impl Strategy<Value = RateLimiterConfig> {
+    (bucket(), bucket()).prop_map(|(bandwidth, ops)| RateLimiterConfig { bandwidth, ops })
+}
+
+prop_compose! {
+    fn drive()(
+        drive_id in "[A-Za-z0-9_]{1,8}",
+        path_on_host in "\\PC{1,12}",
+        partuuid in proptest::option::of("[0-9a-f-]{1,8}"),
+        (is_read_only, writeback, asynchronous, discard) in any::<(bool, bool, bool, bool)>(),
+        rate_limiter in limiter(),
+    ) -> DriveConfig {
+        DriveConfig {
+            drive_id,
+            is_root_device: false,
+            path_on_host: path_on_host.into(),
+            is_read_only,
+            partuuid,
+            cache_type: if writeback { CacheType::Writeback } else { CacheType::Unsafe },
+            io_engine: if asynchronous { IoEngine::Async } else { IoEngine::Sync },
+            rate_limiter,
+            discard: discard && !is_read_only,
+        }
+    }
+}
+
+prop_compose! {
+    fn interface()(
+        iface_id in "[A-Za-z0-9_]{1,8}",
+        (name, fd, passed) in ("[a-z0-9._-]{1,15}", 0i32.., any::<bool>()),
+        guest_mac in proptest::option::of(any::<[u8; 6]>().prop_map(MacAddress)),
+        mtu in proptest::option::of(MIN_MTU..),
+        (rx_rate_limiter, tx_rate_limiter) in (limiter(), limiter()),
+    ) -> NetConfig {
+        let host_device = if passed { HostDevice::Passed(fd) } else { HostDevice::Named(name) };
+        NetConfig { iface_id, host_device, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter }
+    }
+}
+
+prop_compose! {
+    fn vm_config()(
+        (vcpu_count, mem_size_mib) in (1..=MAX_VCPUS, 1..=MAX_MEM_SIZE_MIB / 2),
+        (track_dirty_pages, huge, emit_id, root) in any::<(bool, bool, bool, bool)>(),
+        drives in proptest::collection::vec(drive(), 0..5),
+        interfaces in proptest::collection::vec(interface(), 0..4),
+        kernel in "\\PC{1,12}",
+        boot_args in proptest::option::of("[ -~]{0,40}"),
+        initrd in proptest::option::of("\\PC{1,12}"),
+        mapping in proptest::option::of(any::<bool>()),
+        serial in proptest::option::of((proptest::option::of("\\PC{1,12}"), bucket())),
+        properties in proptest::collection::btree_map("\\PC{0,8}", "\\PC{0,8}", 0..3),
+        module in proptest::option::of("\\PC{0,8}"),
+        mmds in proptest::option::of(any::<(bool, bool, u8)>()),
+        cpu in proptest::option::of(any::<(u32, u32, bool)>()),
+    ) -> VmConfig {
+        let huge_pages = if huge { HugePages::Size2M } else { HugePages::Transparent };
+        let mut config = VmConfig {
+            machine: MachineConfig {
+                vcpu_count, mem_size_mib: 2 * mem_size_mib, smt: vcpu_count % 2 == 0, track_dirty_pages, huge_pages,
+            },
+            boot_source: Some(BootSource {
+                kernel_image_path: kernel.into(),
+                initrd_path: initrd.map(Into::into),
+                boot_args,
+                image_mapping: mapping.map(|shared| if shared { ImageMapping::Shared } else { ImageMapping::Private }),
+            }),
+            serial: serial.map(|(path, rate_limiter)| SerialConfig { serial_out_path: path.map(Into::into), rate_limiter }),
+            logger: module.map(|module| LoggerConfig {
+                module: Some(module), level: Some(log::LevelFilter::Warn), ..Default::default()
+            }),
+            metrics: Some(MetricsConfig {
+                metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
+            }),
+            cpu: cpu.map(|(leaf, number, set)| CpuConfig {
+                cpuid_modifiers: vec![CpuidModifier {
+                    leaf, subleaf: number, flags: number,
+                    registers: vec![(CpuidRegister::Ebx, BitMap::parse(if set { "0b1x" } else { "0b0x" }, 32).unwrap())],
+                }],
+                msr_modifiers: vec![MsrModifier { address: leaf, bitmap: BitMap::parse("0b1xxx0", 64).unwrap() }],
+                kvm_capabilities: vec![if set { Capability::Required(number) } else { Capability::Waived(number) }],
+            }),
+            mmds: mmds.map(|(v2, imds_compat, host)| MmdsConfig {
+                network_interfaces: vec!["eth0".into()],
+                version: if v2 { MmdsVersion::V2 } else { MmdsVersion::V1 },
+                ipv4_address: std::net::Ipv4Addr::new(169, 254, 1, host),
+                imds_compat,
+            }),
+            ..Default::default()
+        };
+        for (index, drive) in drives.into_iter().enumerate() {
+            config.set_drive(DriveConfig { is_root_device: root && index == 0, ..drive }).unwrap();
+        }
+        for interface in interfaces {
+            config.set_network_interface(interface).unwrap();
+        }
+        config
+    }
+}
+
+/// JSON with the fields and values that bodies have, and others.
+fn json() -> impl Strategy<Value = serde_json::Value> {
+    let leaf = prop_oneof![
+        Just(serde_json::Value::Null),
+        any::<bool>().prop_map(Into::into),
+        any::<i64>().prop_map(Into::into),
+        any::<u64>().prop_map(Into::into),
+        any::<f64>().prop_map(Into::into),
+        "\\PC{0,8}".prop_map(Into::into),
+        proptest::sample::select(vec!["a", "Paused", "InstanceStart", "2M", "None", "Sync", "Writeback", "Warn"])
+            .prop_map(Into::into),
+    ];
+    let field = proptest::sample::select(vec![
+        "vcpu_count",
+        "mem_size_mib",
+        "smt",
+        "drive_id",
+        "iface_id",
+        "host_dev_name",
+        "guest_mac",
+        "mtu",
+        "rx_rate_limiter",
+        "tx_rate_limiter",
+        "network-interfaces",
+        "is_root_device",
+        "path_on_host",
+        "rate_limiter",
+        "ops",
+        "bandwidth",
+        "size",
+        "refill_time",
+        "action_type",
+        "state",
+        "kernel_image_path",
+        "boot_args",
+        "level",
+        "metrics_path",
+        "properties",
+        "serial_out_path",
+        "socket",
+        "overlay",
+        "drives",
+        "machine-config",
+        "pmem",
+    ]);
+    leaf.prop_recursive(3, 24, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..4).prop_map(Into::into),
+            proptest::collection::btree_map(field.clone(), inner, 0..6).prop_map(|map| map
+                .into_iter()
+                .map(|(k, v)| (k.to_owned(), v))
+                .collect::<serde_json::Map<_, _>>()
+                .into()),
+        ]
+    })
+}
+
+fn method() -> impl Strategy<Value = Method> {
+    proptest::sample::select(vec![Method::GET, Method::PUT, Method::PATCH, Method::DELETE, Method::POST, Method::HEAD])
+}
+
+fn path() -> impl Strategy<Value = String> {
+    prop_oneof![
+        8 => (0..ENDPOINTS.len()).prop_map(|index| {
+            format!("/{}", ENDPOINTS[index].path.replace("{drive_id}", "a").replace("{iface_id}", "a"))
+        }),
+        1 => "/(drives|vm|mmds|snapshot)?/?\\PC{0,8}",
+        1 => "\\PC{0,8}",
+    ]
+}
+
+fn body() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        6 => json().prop_map(|json| json.to_string().into_bytes()),
+        1 => (json(), any::<proptest::sample::Index>()).prop_map(|(json, at)| {
+            let mut bytes = json.to_string().into_bytes();
+            bytes.truncate(at.index(bytes.len() + 1));
+            bytes
+        }),
+        1 => proptest::collection::vec(any::<u8>(), 0..64),
+        1 => Just(b"[".repeat(1000)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_request_is_understood_or_refused_in_the_documented_shape(method in method(), path in path(), body in body()) {
+        if let Err(error) = route(&method, &path, &body) {
+            fault(&error);
+        }
+        if let Err(error) = config_commands(&body) {
+            fault(&error);
+        }
+    }
+
+    #[test]
+    fn what_is_shown_can_be_fed_back(config in vm_config()) {
+        let shown = full_config(&config);
+        prop_assert_eq!(configure(config_commands(&shown).unwrap()), config);
+    }
+}
