@@ -22,6 +22,8 @@ pub struct Queues {
     /// Buffers of the guest that are being filled.
     chains: Vec<Chain>,
     payload: IoVecs,
+    /// The driver was told of what was used, since this was set to false.
+    pub announced: bool,
 }
 
 #[derive(Default)]
@@ -43,7 +45,8 @@ impl Queues {
     pub fn new(queues: Vec<Virtqueue>) -> Option<Self> {
         let mut queues = queues.into_iter();
         let (rx, tx) = (queues.next()?, queues.next()?);
-        Some(Self { rx, tx, packet: Buffers::default(), chains: Vec::new(), payload: IoVecs::default() })
+        let (packet, chains, payload) = (Buffers::default(), Vec::new(), IoVecs::default());
+        Some(Self { rx, tx, packet, chains, payload, announced: false })
     }
 
     /// Handles packets from the guest until there is none, the batch is full, or too much is owed to it.
@@ -102,10 +105,12 @@ impl Queues {
     /// has to be.
     pub fn announce(&mut self, later: bool) -> bool {
         if self.rx.announce_with(&mut self.tx) {
+            self.announced = true;
             return false;
         }
         let defer = later && (1..self.tx.size() / 4).contains(&self.tx.unannounced());
-        if !defer {
+        if !defer && self.tx.unannounced() > 0 {
+            self.announced = true;
             self.tx.announce();
         }
         defer

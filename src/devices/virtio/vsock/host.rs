@@ -105,7 +105,9 @@ impl Peer {
         // SAFETY: every entry lies within guest RAM, alive by this function's contract; the message refers to as
         // many entries as there are.
         let count = retry(|| unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) })?;
-        Ok((count, count < vecs.iter().map(|vec| vec.iov_len).sum()))
+        // A descriptor that came along (SCM_RIGHTS) is dropped, and ends a read before there is nothing left.
+        let cut_short = message.msg_flags & libc::MSG_CTRUNC != 0;
+        Ok((count, count < vecs.iter().map(|vec| vec.iov_len).sum() && !cut_short))
     }
 
     /// Sends what it can now, which may be nothing.
@@ -226,6 +228,8 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 mod tests {
     use std::io::{Read, Write};
 
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
     use super::*;
 
     #[test]
@@ -257,6 +261,21 @@ mod tests {
         let (client, stream) = UnixStream::pair().unwrap();
         drop(client);
         assert_eq!(Peer::new(stream).greeting(), Greeting::Wrong);
+    }
+
+    #[test]
+    fn descriptors_that_come_along_are_dropped_and_hide_nothing() {
+        let (client, stream) = UnixStream::pair().unwrap();
+        let peer = Peer::new(stream);
+        client.send_with_fd(&b"one"[..], client.as_raw_fd()).unwrap();
+        (&client).write_all(b"two").unwrap();
+        let mut data = [0; 100];
+        let mut vecs = IoVecs::default();
+        vecs.push(data.as_mut_ptr(), data.len());
+        // SAFETY: the buffer is the array, which is alive.
+        let mut read = || unsafe { peer.read(&vecs) }.unwrap();
+        assert_eq!(read(), (3, false), "there is more");
+        assert_eq!(read(), (3, true));
     }
 
     #[test]

@@ -46,8 +46,8 @@ const DESCRIPTORS: libc::rlim_t = 2048;
 const HOST: u8 = 1;
 /// Source tag: the driver is to be told what was put off.
 const LATER: u8 = 2;
-/// How long that may be.
-const LATEST: Duration = Duration::from_millis(1);
+/// How long that may be, or twice as long.
+const LATEST: Duration = Duration::from_millis(2);
 
 /// The device.
 pub struct Vsock {
@@ -106,7 +106,10 @@ impl Vsock {
         if held_back && muxer.takes_packets() {
             progress = Progress::More;
         }
-        if queues.announce(tag != LATER) && !self.timer_runs {
+        // What waits now may have begun to wait after the timer was started.
+        let overdue = tag == LATER && !queues.announced;
+        if queues.announce(!overdue) && !self.timer_runs {
+            queues.announced = false;
             self.timer_runs = self.timer.reset(LATEST, None).is_ok();
             if !self.timer_runs {
                 queues.announce(false);

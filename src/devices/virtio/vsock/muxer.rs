@@ -418,6 +418,13 @@ impl Muxer {
         self.slots.is_empty() && self.resets.is_empty()
     }
 
+    /// Places in use; a place that is not is in the list of free ones.
+    #[cfg(test)]
+    pub fn connections(&self) -> usize {
+        assert_eq!(self.slots.iter().filter(|slot| slot.occupant.is_none()).count(), self.free.len());
+        self.slots.len() - self.free.len()
+    }
+
     fn occupant(&mut self, slot: u16) -> Option<&mut Occupant> {
         self.slots.get_mut(usize::from(slot))?.occupant.as_mut()
     }

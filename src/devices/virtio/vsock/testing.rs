@@ -11,8 +11,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Vsock;
 use crate::config::VsockConfig;
-use crate::devices::virtio::Device;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Guest, NEXT_QUEUE, USED, readable, writable};
+use crate::devices::virtio::{ConfigChange, Device};
 
 pub const CID: u64 = 3;
 pub const REQUEST: u16 = 1;
@@ -134,6 +134,11 @@ impl Rig {
     pub fn settle(&self) {
         while self.guest.turn(Duration::from_millis(20)) > 0 {}
         self.seen();
+        self.await_interrupt();
+    }
+
+    /// The guest has looked at both queues, and wants to know of the next buffer used in either.
+    pub fn await_interrupt(&self) {
         for queue in [RX, TX] {
             let index = self.guest.memory.read_obj(GuestAddress(USED + NEXT_QUEUE * queue as u64 + 2)).unwrap();
             self.guest.select(queue).set_used_event(index);
@@ -267,6 +272,18 @@ impl Rig {
         let (stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream
+    }
+
+    /// How many connections the device has.
+    pub fn connections(&self) -> usize {
+        let mut count = 0;
+        let Ok(()) = self.guest.mmio.update(|device| {
+            if let Device::Vsock(vsock) = device {
+                count = vsock.muxer.connections();
+            }
+            Ok::<_, std::convert::Infallible>(ConfigChange::Unchanged)
+        });
+        count
     }
 
     /// The device gave up, and said so.

@@ -259,6 +259,17 @@ fn that_packets_were_taken_is_told_soon_or_when_they_are_many() {
     assert_eq!(rig.interrupts(), 0);
     assert_eq!(rig.guest.turn(Duration::from_secs(10)), 1);
     assert_eq!(rig.interrupts(), 1);
+    assert_eq!(rig.guest.turn(Duration::from_millis(50)), 0, "once");
+    rig.settle();
+    // What is told by the way is not told again, but what came after that is.
+    rig.send(port, 52, CREDIT_REQUEST);
+    rig.send_data(port, 52, b"x");
+    rig.send(port, 52, CREDIT_REQUEST);
+    rig.await_interrupt();
+    rig.send_data(port, 52, b"x");
+    assert_eq!(rig.interrupts(), 0);
+    while rig.guest.turn(Duration::from_millis(50)) > 0 {}
+    assert_eq!(rig.interrupts(), 1);
     rig.settle();
     let chain = rig.place(&Fields::new(port, 52, CREDIT_UPDATE), b"");
     for _ in 0..4 {
@@ -429,4 +440,48 @@ fn a_reset_of_the_device_closes_every_connection() {
     rig.boot();
     rig.post(16);
     rig.open_from_host();
+}
+
+#[test]
+fn a_thousand_connections_a_hundred_times_leave_nothing_behind() {
+    let rig = Rig::ready();
+    // Both ends of each are in this process.
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for reading and writing.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = limit.rlim_max.min(1 << 14);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+    }
+    let mut ports = std::collections::HashSet::new();
+    for round in 0..100 {
+        let connections: Vec<_> = (0..1000).map(|_| rig.open_from_host()).collect();
+        assert!(connections.iter().all(|(_, port)| ports.insert(*port)), "no port is used again so soon");
+        if round == 0 {
+            let more: Vec<_> = (0..23).map(|_| rig.open_from_host()).collect();
+            let mut refused = std::os::unix::net::UnixStream::connect(rig.path()).unwrap();
+            rig.run();
+            assert_eq!(rest(&mut refused), b"", "one too many");
+            let _listener = rig.listen(70);
+            rig.send(70, 1000, REQUEST);
+            assert_eq!(rig.ops(), [RESET], "one too many from the guest as well");
+            for (stream, port) in more {
+                drop(stream);
+                assert_eq!(rig.one().op, SHUTDOWN);
+                rig.send(port, 52, RESET);
+            }
+        }
+        for (index, (stream, port)) in connections.into_iter().enumerate() {
+            // Either side may be the first to close.
+            if index % 2 == 0 {
+                drop(stream);
+                assert_eq!(rig.one().op, SHUTDOWN);
+                rig.send(port, 52, RESET);
+            } else {
+                rig.send_shutdown(port, 52, 3);
+                assert_eq!(rig.one().op, RESET);
+            }
+        }
+        assert_eq!(rig.connections(), 0);
+    }
 }
