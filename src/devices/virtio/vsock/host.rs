@@ -273,7 +273,7 @@ mod tests {
         let mut vecs = IoVecs::default();
         vecs.push(data.as_mut_ptr(), data.len());
         // SAFETY: the buffer is the array, which is alive.
-        let mut read = || unsafe { peer.read(&vecs) }.unwrap();
+        let read = || unsafe { peer.read(&vecs) }.unwrap();
         assert_eq!(read(), (3, false), "there is more");
         assert_eq!(read(), (3, true));
     }
