@@ -85,8 +85,8 @@ impl Receiver {
         mut service: Option<&mut Service>,
         limiter: &mut RateLimiter,
         metrics: &metrics::Net,
+        budget: &mut Budget,
     ) -> Result<Progress, Violation> {
-        let mut budget = Budget::default();
         while !limiter.is_throttled() {
             if budget.is_spent() {
                 return Ok(Progress::More);

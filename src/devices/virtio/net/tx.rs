@@ -25,8 +25,8 @@ impl Transmitter {
         mut service: Option<&mut Service>,
         limiter: &mut RateLimiter,
         metrics: &metrics::Net,
+        budget: &mut Budget,
     ) -> Result<Progress, Violation> {
-        let mut budget = Budget::default();
         while !limiter.is_throttled() {
             if budget.is_spent() {
                 return Ok(Progress::More);
