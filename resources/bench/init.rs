@@ -7,6 +7,8 @@
 //! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
 //!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
 //! - `vsock` serves one client, see there.
+//! - `tcp-send:N`, `tcp-receive:N`, `tcp-round-trip:N` connect from 10.77.0.2 on eth0 to port 7777 of 10.77.0.1 and send or
+//!   receive N MiB, or send N bytes, each when the one before has come back; then as above.
 #![no_std]
 #![no_main]
 
@@ -14,13 +16,20 @@ mod vsock;
 
 use core::arch::{asm, naked_asm};
 
+const READ: usize = 0;
 const WRITE: usize = 1;
 const OPEN: usize = 2;
 const CLOSE: usize = 3;
 const MMAP: usize = 9;
+const IOCTL: usize = 16;
 const PREAD: usize = 17;
 const PWRITE: usize = 18;
 const PAUSE: usize = 34;
+const NANOSLEEP: usize = 35;
+const SOCKET: usize = 41;
+const CONNECT: usize = 42;
+const SHUTDOWN: usize = 48;
+const SETSOCKOPT: usize = 54;
 const MKDIR: usize = 83;
 const MKNOD: usize = 133;
 const MOUNT: usize = 165;
@@ -67,7 +76,7 @@ extern "C" fn main(stack: *const usize) -> ! {
     match mode(stack) {
         Some(b"ready") => ready(),
         Some(b"vsock") => vsock::run(),
-        Some(mode) => block(mode),
+        Some(mode) => work(mode),
         None => {}
     }
     reset()
@@ -112,9 +121,117 @@ fn ready() {
     }
 }
 
-fn block(mode: &[u8]) {
+fn work(mode: &[u8]) {
     let Some(colon) = mode.iter().position(|&byte| byte == b':') else { return };
     let (kind, count) = (&mode[..colon], number(&mode[colon + 1..]));
+    call(MKDIR, [c"/dev".as_ptr() as usize, 0o700, 0, 0, 0, 0]);
+    call(MOUNT, [c"dev".as_ptr() as usize, c"/dev".as_ptr() as usize, c"devtmpfs".as_ptr() as usize, 0, 0, 0]);
+    match kind {
+        b"tcp-send" | b"tcp-receive" | b"tcp-round-trip" => report(tcp(kind, count).unwrap_or(0)),
+        _ => block(kind, count),
+    }
+}
+
+const AF_INET: u16 = 2;
+const STREAM: usize = 1;
+const DATAGRAM: usize = 2;
+/// In memory as they are in an IP header.
+const HOST: [u8; 4] = [10, 77, 0, 1];
+const GUEST: [u8; 4] = [10, 77, 0, 2];
+const PORT: u16 = 7777;
+/// What one system call sends or receives at most, in bytes.
+const CHUNK: usize = 128 << 10;
+
+/// `struct sockaddr_in`.
+#[repr(C)]
+struct Address {
+    family: u16,
+    port: u16,
+    host: [u8; 4],
+    zero: [u8; 8],
+}
+
+impl Address {
+    fn new(host: [u8; 4], port: u16) -> Self {
+        Self { family: AF_INET, port: port.to_be(), host, zero: [0; 8] }
+    }
+}
+
+/// `struct ifreq` with an address or, in its first 16 bits, flags.
+#[repr(C)]
+struct Request {
+    name: [u8; 16],
+    value: Address,
+    rest: [u8; 8],
+}
+
+/// Gives eth0 its address and puts it up. False if there is none.
+fn set_up() -> bool {
+    const SET_FLAGS: usize = 0x8914;
+    const SET_ADDRESS: usize = 0x8916;
+    let mut request = Request { name: [0; 16], value: Address::new(GUEST, 0), rest: [0; 8] };
+    request.name[..4].copy_from_slice(b"eth0");
+    let socket = call(SOCKET, [AF_INET as usize, DATAGRAM, 0, 0, 0, 0]) as usize;
+    let mut ok = call(IOCTL, [socket, SET_ADDRESS, &raw const request as usize, 0, 0, 0]) == 0;
+    request.value = Address { family: 1, ..Address::new([0; 4], 0) };
+    ok &= call(IOCTL, [socket, SET_FLAGS, &raw const request as usize, 0, 0, 0]) == 0;
+    ok
+}
+
+/// The time it took in nanoseconds; `None` if something failed.
+fn tcp(kind: &[u8], count: usize) -> Option<u64> {
+    if !set_up() {
+        return None;
+    }
+    let socket = call(SOCKET, [AF_INET as usize, STREAM, 0, 0, 0, 0]) as usize;
+    let one = 1u32;
+    call(SETSOCKOPT, [socket, 6, 1, &raw const one as usize, 4, 0]); // TCP_NODELAY
+    let host = Address::new(HOST, PORT);
+    if call(CONNECT, [socket, &raw const host as usize, size_of::<Address>(), 0, 0, 0]) != 0 {
+        return None;
+    }
+    let buffer = call(MMAP, [0, CHUNK, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, usize::MAX, 0]) as usize;
+    // What the connection set in motion comes to rest.
+    let moment = [0u64, 20_000_000];
+    call(NANOSLEEP, [moment.as_ptr() as usize, 0, 0, 0, 0, 0]);
+    let start = now();
+    let done = match kind {
+        b"tcp-send" => send(socket, buffer, count * MIB),
+        b"tcp-receive" => call(WRITE, [socket, buffer, 1, 0, 0, 0]) == 1 && receive(socket, buffer, count * MIB),
+        _ => (0..count).all(|_| {
+            call(WRITE, [socket, buffer, 1, 0, 0, 0]) == 1 && call(READ, [socket, buffer, CHUNK, 0, 0, 0]) == 1
+        }),
+    };
+    let elapsed = now() - start;
+    call(CLOSE, [socket, 0, 0, 0, 0, 0]);
+    done.then_some(elapsed)
+}
+
+/// Sends so many bytes and waits until the other side has read them, which it says by closing.
+fn send(socket: usize, buffer: usize, mut left: usize) -> bool {
+    while left > 0 {
+        let sent = call(WRITE, [socket, buffer, left.min(CHUNK), 0, 0, 0]);
+        if sent <= 0 {
+            return false;
+        }
+        left -= sent as usize;
+    }
+    call(SHUTDOWN, [socket, 1, 0, 0, 0, 0]);
+    call(READ, [socket, buffer, CHUNK, 0, 0, 0]) == 0
+}
+
+fn receive(socket: usize, buffer: usize, mut left: usize) -> bool {
+    while left > 0 {
+        let received = call(READ, [socket, buffer, CHUNK, 0, 0, 0]);
+        if received <= 0 {
+            return false;
+        }
+        left -= received as usize;
+    }
+    true
+}
+
+fn block(kind: &[u8], count: usize) {
     let (number, size, random) = match kind {
         b"rand-read" => (PREAD, PAGE, true),
         b"rand-write" => (PWRITE, PAGE, true),
@@ -122,8 +239,6 @@ fn block(mode: &[u8]) {
         b"seq-write" => (PWRITE, MIB, false),
         _ => return,
     };
-    call(MKDIR, [c"/dev".as_ptr() as usize, 0o700, 0, 0, 0, 0]);
-    call(MOUNT, [c"dev".as_ptr() as usize, c"/dev".as_ptr() as usize, c"devtmpfs".as_ptr() as usize, 0, 0, 0]);
     let drive = call(OPEN, [c"/dev/vda".as_ptr() as usize, O_RDWR | O_DIRECT, 0, 0, 0, 0]) as usize;
     // Shared memory that is populated at once: no page faults in what is measured.
     let buffer = call(MMAP, [0, size, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, usize::MAX, 0]);

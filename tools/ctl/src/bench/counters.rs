@@ -4,8 +4,9 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd};
 
-/// VM exits, stage-2 faults among them, exits to user space, system calls.
-const EVENTS: [&str; 4] = ["kvm/kvm_exit", "kvm/kvm_page_fault", "kvm/kvm_userspace_exit", "raw_syscalls/sys_enter"];
+/// VM exits, stage-2 faults among them, exits to user space, system calls, interrupts.
+const EVENTS: [&str; 5] =
+    ["kvm/kvm_exit", "kvm/kvm_page_fault", "kvm/kvm_userspace_exit", "raw_syscalls/sys_enter", "kvm/kvm_inj_virq"];
 
 /// Counters that every process inherits which this thread starts from now on; they count from its exec(2) on.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub struct Counts {
     pub user: f64,
     /// System calls of all threads.
     pub calls: f64,
+    /// Interrupts given to vCPUs.
+    pub interrupts: f64,
 }
 
 impl Counters {
@@ -39,8 +42,8 @@ impl Counters {
             // No count comes near 2^53.
             *count = u64::from_ne_bytes(bytes) as f64;
         }
-        let [exits, faults, user, calls] = counts;
-        Ok(Counts { exits, faults, user, calls })
+        let [exits, faults, user, calls, interrupts] = counts;
+        Ok(Counts { exits, faults, user, calls, interrupts })
     }
 }
 

@@ -11,6 +11,7 @@ use super::figures::Part;
 use super::guest::{FLAT_DIRTY, Files, Job, MEMORY_MIB};
 use super::process;
 use super::subject::{Api, Process, Subject};
+use super::tap::{self, Host};
 use super::vsock;
 
 /// Values of figures, in base units.
@@ -22,6 +23,9 @@ pub type Outcome = Result<Values, Box<dyn Error>>;
 /// an interrupt twice, and one in some thousand of those ends in a deadlock of the guest.
 const RANDOM: u32 = 200;
 const SEQUENTIAL: u32 = 64;
+/// MiB over TCP, and round trips.
+const STREAM: u32 = 64;
+const ROUND_TRIPS: u32 = 200;
 
 /// A measurement.
 #[derive(Debug)]
@@ -61,6 +65,27 @@ const DETERMINISTIC: &[Experiment] = &[
     counts(&["seq-write-exits", "seq-write-calls"], |b, s| count_block(b, s, "seq-write", SEQUENTIAL)),
 ];
 
+const NET: [Experiment; 8] = [
+    experiment(&["tcp-send-50"], |b, s| limited(b, s, "tcp-send", "tcp-send-50")),
+    experiment(&["tcp-receive-50"], |b, s| limited(b, s, "tcp-receive", "tcp-receive-50")),
+    with_qemu(experiment(&["tcp-send"], |b, s| tcp(b, s, "tcp-send", STREAM))),
+    with_qemu(counts(&["tcp-send-exits", "tcp-send-interrupts", "tcp-send-calls"], |b, s| {
+        count_tcp(b, s, "tcp-send", STREAM)
+    })),
+    with_qemu(experiment(&["tcp-receive"], |b, s| tcp(b, s, "tcp-receive", STREAM))),
+    with_qemu(counts(&["tcp-receive-exits", "tcp-receive-interrupts", "tcp-receive-calls"], |b, s| {
+        count_tcp(b, s, "tcp-receive", STREAM)
+    })),
+    with_qemu(experiment(&["tcp-round-trip"], |b, s| tcp(b, s, "tcp-round-trip", ROUND_TRIPS))),
+    with_qemu(counts(&["tcp-round-trip-exits", "tcp-round-trip-interrupts", "tcp-round-trip-calls"], |b, s| {
+        count_tcp(b, s, "tcp-round-trip", ROUND_TRIPS)
+    })),
+];
+
+const fn with_qemu(experiment: Experiment) -> Experiment {
+    Experiment { for_qemu: true, ..experiment }
+}
+
 /// One that always yields the same.
 pub const fn counts(figures: &'static [&'static str], run: fn(&Bench, &Subject) -> Outcome) -> Experiment {
     Experiment { figures, for_qemu: false, repeats: false, run }
@@ -75,11 +100,11 @@ const NATIVE: &[Experiment] = &[
 
 /// The measurements of a part.
 pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
-    let (own, vsock): (&[_], &[_]) = match part {
-        Part::Deterministic => (DETERMINISTIC, vsock::EXPERIMENTS),
-        Part::Native => (NATIVE, &[]),
+    let (own, others): (&[_], [&[_]; 2]) = match part {
+        Part::Deterministic => (DETERMINISTIC, [vsock::EXPERIMENTS, &NET]),
+        Part::Native => (NATIVE, [&[]; 2]),
     };
-    own.iter().chain(vsock)
+    own.iter().chain(others.into_iter().flatten())
 }
 
 /// Everything a measurement needs.
@@ -137,9 +162,14 @@ impl Bench {
             let append = Files::boot_args(job).replace("reboot=k", "reboot=t");
             let (kernel, initramfs) = (kernel.to_string_lossy(), initramfs.to_string_lossy());
             let memory = MEMORY_MIB.to_string();
-            let arguments = [
+            let serial = !matches!(job, Job::Exit | Job::Ready);
+            let mut arguments = vec![
                 "-M",
-                "microvm,pit=off,pic=off,rtc=off,isa-serial=off",
+                if serial {
+                    "microvm,pit=off,pic=off,rtc=off"
+                } else {
+                    "microvm,pit=off,pic=off,rtc=off,isa-serial=off"
+                },
                 "-enable-kvm",
                 "-cpu",
                 "host",
@@ -159,6 +189,13 @@ impl Bench {
                 "-append",
                 &append,
             ];
+            let netdev = format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", tap::NAME);
+            if matches!(job, Job::Net(..)) {
+                arguments.extend(["-netdev", &netdev, "-device", "virtio-net-device,netdev=net"]);
+            }
+            if serial {
+                arguments.extend(["-chardev", "stdio,id=serial", "-serial", "chardev:serial"]);
+            }
             return Ok(Process::start(subject.path(), &arguments)?);
         }
         let file = self.files.path("config.json");
@@ -234,19 +271,58 @@ fn count_exit(bench: &Bench, subject: &Subject) -> Outcome {
     ])
 }
 
-/// Time of one random request, or of all sequential ones, by the guest's clock.
-fn block(bench: &Bench, subject: &Subject, kind: &'static str, requests: u32) -> Outcome {
-    let mut process = bench.run(subject, Job::Block(kind, requests))?;
+/// Runs a job that reports its time, by the guest's clock; in seconds.
+fn timed(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<f64, Box<dyn Error>> {
+    let mut process = bench.run(subject, job)?;
     let (output, _) = process.await_output("\n")?;
     process.await_end()?;
     let nanoseconds = output.lines().find_map(|line| line.strip_prefix("bench ")?.trim().parse::<u64>().ok());
     match nanoseconds {
         None | Some(0) => Err(format!("the guest's requests failed; it said {output:?}").into()),
-        Some(all) => {
-            let divisor = if kind.starts_with("rand") { f64::from(requests) } else { 1.0 };
-            Ok(vec![(kind, all as f64 * 1e-9 / divisor)])
-        }
+        Some(all) => Ok(all as f64 * 1e-9),
     }
+}
+
+/// Time of one random request, or of all sequential ones.
+fn block(bench: &Bench, subject: &Subject, kind: &'static str, requests: u32) -> Outcome {
+    let all = timed(bench, subject, Job::Block(kind, requests))?;
+    Ok(vec![(kind, all / if kind.starts_with("rand") { f64::from(requests) } else { 1.0 })])
+}
+
+/// Time of one round trip, or of all that is sent or received.
+fn tcp(bench: &Bench, subject: &Subject, kind: &'static str, count: u32) -> Outcome {
+    let _host = Host::start(kind, count)?;
+    let all = timed(bench, subject, Job::Net(kind, count))?;
+    Ok(vec![(kind, all / if kind == "tcp-round-trip" { f64::from(count) } else { 1.0 })])
+}
+
+/// Time of what is sent or received under a limit, which must not be faster than the limit by more than 5 %.
+fn limited(bench: &Bench, subject: &Subject, kind: &'static str, figure: &'static str) -> Outcome {
+    const RATE: u64 = 50 << 20;
+    let _host = Host::start(kind, STREAM)?;
+    let all = timed(bench, subject, Job::Limited(kind, STREAM, RATE))?;
+    let share = f64::from(STREAM) * 1_048_576.0 / all / RATE as f64;
+    if share > 1.05 { Err(format!("{share} of the limit").into()) } else { Ok(vec![(figure, all)]) }
+}
+
+/// What a MiB or a round trip costs: a run with some less one with none.
+fn count_tcp(bench: &Bench, subject: &Subject, kind: &'static str, count: u32) -> Outcome {
+    let run = |count| -> Result<Counts, Box<dyn Error>> {
+        let _host = Host::start(kind, count)?;
+        counted(bench, subject, Job::Net(kind, count))
+    };
+    let (without, with) = (run(0)?, run(count)?);
+    let per = |with: f64, without: f64| (with - without) / f64::from(count);
+    let [exits, interrupts, calls] = match kind {
+        "tcp-send" => ["tcp-send-exits", "tcp-send-interrupts", "tcp-send-calls"],
+        "tcp-receive" => ["tcp-receive-exits", "tcp-receive-interrupts", "tcp-receive-calls"],
+        _ => ["tcp-round-trip-exits", "tcp-round-trip-interrupts", "tcp-round-trip-calls"],
+    };
+    Ok(vec![
+        (exits, per(with.exits, without.exits)),
+        (interrupts, per(with.interrupts, without.interrupts)),
+        (calls, per(with.calls, without.calls)),
+    ])
 }
 
 /// What a request costs in exits and system calls: a run with requests less one without.

@@ -125,6 +125,20 @@ const DETERMINISTIC: &[Figure] = &[
     figure("vsock-echo", "vsock, 64 messages of 32 KiB and back", Ms, 45.0, "68"),
     count("vsock-echo-exits", "  VM exits per message"),
     count("vsock-echo-calls", "  system calls per message"),
+    figure("tcp-send", "TCP, 64 MiB guest → host", Ms, 600.0, "679"),
+    count("tcp-send-exits", "  VM exits per MiB"),
+    count("tcp-send-interrupts", "  interrupts per MiB"),
+    count("tcp-send-calls", "  system calls per MiB"),
+    figure("tcp-receive", "TCP, 64 MiB host → guest", Ms, 600.0, "725"),
+    count("tcp-receive-exits", "  VM exits per MiB"),
+    count("tcp-receive-interrupts", "  interrupts per MiB"),
+    count("tcp-receive-calls", "  system calls per MiB"),
+    figure("tcp-send-50", "TCP, 64 MiB guest → host, limit 50 MiB/s", Ms, 1344.0, ""),
+    figure("tcp-receive-50", "TCP, 64 MiB host → guest, limit 50 MiB/s", Ms, 1344.0, ""),
+    figure("tcp-round-trip", "TCP, round trip of 1 byte", Us, 180.0, "243"),
+    count("tcp-round-trip-exits", "  VM exits"),
+    count("tcp-round-trip-interrupts", "  interrupts"),
+    count("tcp-round-trip-calls", "  system calls"),
 ];
 
 const NATIVE: &[Figure] = &[

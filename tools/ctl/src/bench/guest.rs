@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::tap;
+
 /// Memory of every guest in MiB.
 pub const MEMORY_MIB: u64 = 128;
 /// Bytes the flat guest dirties.
@@ -29,6 +31,10 @@ pub enum Job<'a> {
     Vsock,
     /// This many block requests of this kind, see resources/bench/init.rs.
     Block(&'a str, u32),
+    /// So much of this kind over the network, see resources/bench/init.rs.
+    Net(&'a str, u32),
+    /// The same, with both directions limited to so many bytes a second.
+    Limited(&'a str, u32, u64),
 }
 
 /// Kernel, initramfs, drive and flat guest, in memory.
@@ -77,7 +83,9 @@ impl Files {
             Job::Exit => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=exit"),
             Job::Ready => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=ready"),
             Job::Vsock => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=vsock"),
-            Job::Block(kind, count) => format!("{BOOT_ARGS} 8250.nr_uarts=1 bench={kind}:{count}"),
+            Job::Block(kind, count) | Job::Net(kind, count) | Job::Limited(kind, count, _) => {
+                format!("{BOOT_ARGS} 8250.nr_uarts=1 bench={kind}:{count}")
+            }
         }
     }
 
@@ -100,6 +108,15 @@ impl Files {
         let mut configuration = json!({ "boot-source": boot_source, "machine-config": machine(), "drives": drives });
         if matches!(job, Job::Vsock) {
             configuration["vsock"] = json!({ "guest_cid": 3, "uds_path": self.path("v.sock") });
+        }
+        if matches!(job, Job::Net(..) | Job::Limited(..)) {
+            let mut interface = json!({ "iface_id": "eth0", "host_dev_name": tap::NAME });
+            if let Job::Limited(.., rate) = job {
+                let limits = json!({ "bandwidth": { "size": rate / 1000, "refill_time": 1 } });
+                interface["rx_rate_limiter"] = limits.clone();
+                interface["tx_rate_limiter"] = limits;
+            }
+            configuration["network-interfaces"] = json!([interface]);
         }
         configuration
     }

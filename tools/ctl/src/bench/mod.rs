@@ -4,6 +4,7 @@
 //! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
 //! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
 //! - [`vsock`] has those that talk to the guest.
+//! - [`tap`] is the other end of its network.
 //! - [`counters`] and [`process`] look at it from outside.
 //! - [`report`] is the table and the JSON.
 
@@ -14,6 +15,7 @@ mod guest;
 mod process;
 mod report;
 mod subject;
+mod tap;
 mod vsock;
 
 use std::error::Error;
