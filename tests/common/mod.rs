@@ -11,8 +11,11 @@
 // Each test file uses its own part of this.
 #![allow(dead_code)]
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -53,8 +56,11 @@ pub struct Guest {
     vcpus: u8,
     memory: u64,
     drives: Vec<Value>,
+    interfaces: Vec<Value>,
     job: Option<Script>,
     arguments: Vec<String>,
+    passed: Vec<OwnedFd>,
+    unprivileged: bool,
 }
 
 impl Guest {
@@ -67,8 +73,11 @@ impl Guest {
             vcpus: 1,
             memory,
             drives: Vec::new(),
+            interfaces: Vec::new(),
             job: Some(SHELL.into()),
             arguments: Vec::new(),
+            passed: Vec::new(),
+            unprivileged: false,
         }
     }
 
@@ -109,9 +118,14 @@ impl Guest {
     }
 
     /// A copy of the default guest's root file system is the root drive.
-    pub fn rootfs(mut self) -> Self {
+    pub fn rootfs(self) -> Self {
+        self.root_from("rootfs")
+    }
+
+    /// A copy of this artefact is the root drive.
+    pub fn root_from(mut self, name: &str) -> Self {
         let copy = self.dir.path().join("rootfs.ext4");
-        fs::copy(artefact("rootfs"), &copy).unwrap();
+        fs::copy(artefact(name), &copy).unwrap();
         let root = json!({ "drive_id": "root", "is_root_device": true, "path_on_host": copy });
         self.drives.insert(0, root);
         self
@@ -124,6 +138,14 @@ impl Guest {
         more["path_on_host"] = json!(image);
         more["is_root_device"] = json!(false);
         self.drives.push(more);
+        self
+    }
+
+    /// A network interface: the body of PUT /network-interfaces. The guest calls the first eth0.
+    pub fn interface(mut self, id: &str, host_dev_name: &str, mut more: Value) -> Self {
+        more["iface_id"] = json!(id);
+        more["host_dev_name"] = json!(host_dev_name);
+        self.interfaces.push(more);
         self
     }
 
@@ -143,15 +165,62 @@ impl Guest {
         self
     }
 
+    /// Passes a descriptor to the VMM, which knows it by the number it has here.
+    pub fn pass(mut self, fd: OwnedFd) -> Self {
+        self.arguments.extend(["--pass-fd".to_owned(), fd.as_raw_fd().to_string()]);
+        self.passed.push(fd);
+        self
+    }
+
+    /// Runs the VMM as a user who may do nothing, with copies of the images.
+    pub fn unprivileged(mut self) -> Self {
+        let copy = |file: &Path, name: &str| {
+            let copy = self.dir.path().join(name);
+            fs::copy(file, &copy).unwrap();
+            fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
+            copy
+        };
+        copy(Path::new(env!("CARGO_BIN_EXE_vesicle")), "vesicle");
+        self.kernel = copy(&self.kernel, "kernel");
+        self.initramfs = self.initramfs.as_ref().map(|initramfs| copy(initramfs, "initramfs"));
+        fs::set_permissions(self.dir.path(), Permissions::from_mode(0o755)).unwrap();
+        Self { unprivileged: true, ..self }
+    }
+
+    fn command(&self) -> Command {
+        const NOBODY: u32 = 65534;
+        let passed: Vec<_> = self.passed.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        if self.unprivileged {
+            command = Command::new(self.dir.path().join("vesicle"));
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let inherit = move || {
+            for fd in &passed {
+                // SAFETY: the descriptor is open; this changes a flag of the child's copy.
+                if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: between fork and exec the closure only makes system calls.
+        unsafe { command.pre_exec(inherit) };
+        command
+    }
+
     /// The VMM's process, with nothing configured.
     pub fn launch(self) -> MicroVm {
         let log = self.dir.path().join("log");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        let mut command = self.command();
         command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(File::options().create(true).append(true).open(&log).unwrap());
         let mut vesicle = Vesicle::spawn(command).unwrap();
         let serial = Serial::collect(vesicle.child().stdout.take().unwrap());
         let job = self.job.as_ref().map(|script| Job::create(self.dir.path().join("job"), script.clone()).unwrap());
+        if let Some(job) = job.as_ref().filter(|_| self.unprivileged) {
+            fs::set_permissions(job.path(), Permissions::from_mode(0o666)).unwrap();
+        }
         MicroVm { vesicle, serial, seen: 0, job, log, guest: self }
     }
 
@@ -162,6 +231,9 @@ impl Guest {
         vm.put("/boot-source", &vm.guest.boot_source());
         for drive in vm.drives() {
             vm.put(&format!("/drives/{}", drive["drive_id"].as_str().unwrap()), &drive);
+        }
+        for interface in &vm.guest.interfaces {
+            vm.put(&format!("/network-interfaces/{}", interface["iface_id"].as_str().unwrap()), interface);
         }
         vm
     }
@@ -255,6 +327,13 @@ impl MicroVm {
         let reply = self.api().get(path).unwrap();
         assert_eq!(reply.status, 200, "GET {path}: {}", reply.body);
         reply.json()
+    }
+
+    /// The total of a metric, by its OpenMetrics name up to and with the labels.
+    pub fn metric(&self, name: &str) -> u64 {
+        let text = self.api().get("/metrics").unwrap().body;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
     }
 
     /// PUT, which must be refused; returns the fault message.

@@ -1,0 +1,382 @@
+//! virtio-net as Linux guests use it, with the host at the other end of a TAP.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use common::{Guest, MicroVm, PATIENCE};
+use serde_json::{Value, json};
+
+/// A TAP with an address, which nobody else has. It goes when this is dropped.
+struct Tap {
+    name: String,
+    net: u8,
+}
+
+/// Runs a command of the host, which must succeed.
+fn host(command: &str) -> String {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+impl Tap {
+    fn new() -> Self {
+        static NEXT: AtomicU8 = AtomicU8::new(1);
+        let net = NEXT.fetch_add(1, Ordering::SeqCst);
+        let tap = Self { name: format!("test{net}"), net };
+        let name = &tap.name;
+        host(&format!("ip tuntap add dev {name} mode tap vnet_hdr && ip addr add {}/24 dev {name}", tap.host()));
+        host(&format!("ip link set {name} up"));
+        tap
+    }
+
+    fn mtu(self, mtu: u16) -> Self {
+        host(&format!("ip link set {} mtu {mtu}", self.name));
+        self
+    }
+
+    /// The host's address.
+    fn host(&self) -> String {
+        format!("10.77.{}.1", self.net)
+    }
+
+    /// The guest's address.
+    fn guest(&self) -> String {
+        format!("10.77.{}.2", self.net)
+    }
+
+    /// What the host's kernel has counted.
+    fn statistic(&self, name: &str) -> u64 {
+        let path = format!("/sys/class/net/{}/statistics/{name}", self.name);
+        std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+    }
+
+    /// Has the guest take its address on `device`.
+    fn set_up(&self, vm: &mut MicroVm, device: &str) {
+        vm.ok(&format!("ip addr add {}/24 dev {device} && ip link set {device} up", self.guest()));
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.name]).status();
+    }
+}
+
+fn mac(net: u8) -> Value {
+    json!({ "guest_mac": format!("06:00:0a:4d:{net:02x}:02") })
+}
+
+#[test]
+fn host_and_guest_ping_each_other() {
+    for guest in [Guest::tuned(), Guest::debian("6.12"), Guest::debian("6.1")] {
+        let tap = Tap::new();
+        let mut vm = guest.interface("net0", &tap.name, mac(tap.net)).boot();
+        tap.set_up(&mut vm, "eth0");
+        vm.ok(&format!("ping -c 3 -W 10 {}", tap.host()));
+        vm.ok(&format!("ping -c 3 -W 10 -s 8000 {}", tap.host()));
+        assert_eq!(vm.ok("cat /sys/class/net/eth0/address"), mac(tap.net)["guest_mac"].as_str().unwrap());
+        vm.shut_down();
+    }
+}
+
+/// iperf3 on the host; what a client in the guest measures with `options` is in kbit/s at the receiving end.
+fn iperf(vm: &mut MicroVm, tap: &Tap, port: u16, options: &str) -> f64 {
+    let _server = Server::start(tap, port);
+    let command = format!("iperf3 -c {} -p {port} -f k {options} | grep receiver", tap.host());
+    let line = vm.ok(&command);
+    let words: Vec<_> = line.split_ascii_whitespace().collect();
+    let unit = words.iter().position(|word| *word == "Kbits/sec").unwrap_or_else(|| panic!("{line}"));
+    words[unit - 1].parse().unwrap()
+}
+
+/// `iperf3 -s`, which listens when this is there.
+struct Server(Child);
+
+impl Server {
+    fn start(tap: &Tap, port: u16) -> Self {
+        let mut child = Command::new("iperf3")
+            .args(["-s", "--forceflush", "-B", &tap.host(), "-p", &port.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        while !lines.next().unwrap().unwrap().contains("listening") {}
+        // What else it says nobody wants to know, but it must not be held up.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A guest with iperf3 and one interface.
+fn iperf_guest(tap: &Tap, vcpus: u8, mut more: Value) -> MicroVm {
+    more["guest_mac"] = mac(tap.net)["guest_mac"].clone();
+    let guest = Guest::tuned().vcpus(vcpus).memory(160).root_from("rootfs-net");
+    let mut vm = guest.interface("net0", &tap.name, more).boot();
+    tap.set_up(&mut vm, "eth0");
+    vm
+}
+
+#[test]
+fn tcp_and_udp_flow_in_both_directions_at_every_mtu() {
+    for (vcpus, mtu) in [(1, 1500), (2, 9000)] {
+        let tap = Tap::new().mtu(mtu);
+        let mut vm = iperf_guest(&tap, vcpus, json!({ "mtu": mtu }));
+        assert_eq!(vm.ok("cat /sys/class/net/eth0/mtu"), mtu.to_string());
+        for options in ["", "-R", "-P 3", "-u -b 20M", "-u -b 20M -R"] {
+            let rate = iperf(&mut vm, &tap, 5201, &format!("-t 2 {options}"));
+            // Whether it flows, not how fast: everything is emulated here, and others may be at work beside.
+            assert!(rate > 200.0, "{vcpus} vCPUs, MTU {mtu}, {options}: {rate} kbit/s");
+        }
+        assert_eq!(vm.metric("vesicle_net_tx_fails_total{iface_id=\"net0\"}"), 0);
+        assert_eq!(vm.metric("vesicle_net_rx_fails_total{iface_id=\"net0\"}"), 0);
+        vm.ok(&format!("ping -c 2 -W 10 -s {} {}", mtu - 28, tap.host()));
+        vm.shut_down();
+    }
+}
+
+/// CVE-2020-16843 as a guest would have it: the TAP's queue and the guest's ring are full, and then there is peace.
+#[test]
+fn traffic_flows_after_a_flood_that_filled_every_ring() {
+    let seconds = std::env::var("VESICLE_FLOOD_SECONDS").map_or(6, |seconds| seconds.parse().unwrap());
+    for vcpus in [1, 2] {
+        let tap = Tap::new();
+        let mut vm = iperf_guest(&tap, vcpus, json!({}));
+        let servers: Vec<_> = (5201..5204).map(|port| Server::start(&tap, port)).collect();
+        let client = format!("iperf3 -c {} -t {seconds}", tap.host());
+        vm.begin(&format!(
+            "{client} -p 5201 -u -b 0 -R >/dev/null 2>&1 & {client} -p 5202 -u -b 0 -l 100 >/dev/null 2>&1 & \
+             {client} -p 5203 >/dev/null 2>&1 & wait; echo over"
+        ));
+        // The host adds a flood of its own, which nothing slows down.
+        let flood = Flood::start(&tap);
+        std::thread::sleep(Duration::from_secs(seconds));
+        flood.stop();
+        let (output, _) = vm.finish(PATIENCE);
+        assert!(output.ends_with("over\n"), "{output}");
+        drop(servers);
+        assert!(tap.statistic("tx_dropped") > 0, "the TAP's queue was full");
+        assert!(vm.metric("vesicle_net_no_rx_avail_buffer_total{iface_id=\"net0\"}") > 0, "the guest's ring was full");
+        vm.ok(&format!("ping -c 3 -W 10 {}", tap.host()));
+        assert!(iperf(&mut vm, &tap, 5201, "-t 1 -R") > 200.0);
+        assert_eq!(vm.metric("vesicle_net_needs_reset_total{iface_id=\"net0\"}"), 0);
+        vm.shut_down();
+    }
+}
+
+/// UDP datagrams to a port where nobody is, as fast as they go.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Flood {
+    fn start(tap: &Tap) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (until, guest) = (Arc::clone(&stop), tap.guest());
+        let thread = std::thread::spawn(move || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            while !until.load(Ordering::Relaxed) {
+                // An answer that nobody is there is an error of the next call.
+                let _ = socket.send_to(&[7; 1200], (guest.as_str(), 9));
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_tap_that_was_passed_in_takes_no_privilege() {
+    let tap = Tap::new();
+    let open = vesicle::devices::virtio::net::Tap::open(&tap.name).unwrap();
+    let fd = open.as_fd().try_clone_to_owned().unwrap();
+    drop(open);
+    let name = format!("fd:{}", fd.as_raw_fd());
+    let not_passed = format!("fd:{}", fd.as_raw_fd() + 1000);
+    let socket: OwnedFd = UdpSocket::bind("127.0.0.1:0").unwrap().into();
+    let no_tap = format!("fd:{}", socket.as_raw_fd());
+
+    let guest = Guest::tuned().unprivileged().pass(fd).pass(socket).interface("net0", &name, mac(tap.net));
+    let mut vm = guest.configure();
+    let put = |vm: &MicroVm, device: &str| {
+        vm.refused_put("/network-interfaces/other", &json!({ "iface_id": "other", "host_dev_name": device }))
+    };
+    assert!(put(&vm, &name).contains("is in use by interface"));
+    assert!(put(&vm, &not_passed).contains("was not passed in"));
+    assert!(put(&vm, &no_tap).contains("not the descriptor of a TAP"));
+    let other = Tap::new();
+    assert!(put(&vm, &other.name).contains("not permitted"));
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    assert!(status.contains("CapEff:\t0000000000000000") && status.contains("Uid:\t65534"), "{status}");
+
+    vm.start();
+    vm.wait_until_ready();
+    tap.set_up(&mut vm, "eth0");
+    vm.ok(&format!("ping -c 3 -W 10 {}", tap.host()));
+    assert_eq!(vm.get("/vm/config")["network-interfaces"][0]["host_dev_name"], json!(name));
+    vm.shut_down();
+}
+
+#[test]
+fn two_interfaces_are_told_apart_and_come_in_the_order_they_were_configured() {
+    let (first, second) = (Tap::new(), Tap::new());
+    // Ids that would sort the other way round.
+    let guest = Guest::tuned().interface("z", &first.name, mac(first.net)).interface("a", &second.name, json!({}));
+    let vm = guest.configure();
+    let interface =
+        |id: &str, device: &str, mac: &Value| json!({ "iface_id": id, "host_dev_name": device, "guest_mac": mac });
+    let taken = &mac(first.net)["guest_mac"];
+    let fault = vm.refused_put("/network-interfaces/a", &interface("a", &second.name, taken));
+    assert!(fault.contains("is in use by interface `z`"), "{fault}");
+    let fault = vm.refused_put("/network-interfaces/b", &interface("b", &second.name, &Value::Null));
+    assert!(fault.contains(&second.name), "a TAP opens once: {fault}");
+    let fault = vm.refused_put("/network-interfaces/b", &interface("b", "no/such", &Value::Null));
+    assert!(fault.contains("host_dev_name `no/such`"), "{fault}");
+    // The same again changes nothing.
+    vm.put("/network-interfaces/z", &interface("z", &first.name, taken));
+    let mut vm = vm;
+    vm.start();
+    vm.wait_until_ready();
+    first.set_up(&mut vm, "eth0");
+    second.set_up(&mut vm, "eth1");
+    vm.ok(&format!("ping -c 2 -W 10 {} && ping -c 2 -W 10 {}", first.host(), second.host()));
+    assert_eq!(vm.ok("cat /sys/class/net/eth0/address"), taken.as_str().unwrap());
+    let random = vm.ok("cat /sys/class/net/eth1/address; cat /sys/class/net/eth1/addr_assign_type");
+    assert!(random.ends_with("\n1"), "without guest_mac the guest has chosen: {random}");
+    vm.shut_down();
+}
+
+const MIB: u64 = 1 << 20;
+
+/// `rate` bytes a second. The bucket is large enough that nothing is lost when everything here stands still for a moment.
+fn bandwidth(rate: u64) -> Value {
+    json!({ "bandwidth": { "size": rate, "refill_time": 1000 } })
+}
+
+/// What crosses the TAP in a second, over a few seconds.
+fn rate(tap: &Tap, statistic: &str) -> f64 {
+    let (start, before) = (Instant::now(), tap.statistic(statistic));
+    std::thread::sleep(Duration::from_secs(4));
+    let after = tap.statistic(statistic);
+    (after - before) as f64 / start.elapsed().as_secs_f64()
+}
+
+/// The same once a full bucket has been emptied.
+fn limited_rate(vm: &MicroVm, direction: &str, tap: &Tap, statistic: &str) -> f64 {
+    let throttled = || vm.metric(&format!("vesicle_net_{direction}_rate_limiter_throttled_total{{iface_id=\"net0\"}}"));
+    let (end, before) = (Instant::now() + PATIENCE, throttled());
+    while throttled() < before + 3 {
+        assert!(Instant::now() < end, "{direction}: the limit is never reached");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    rate(tap, statistic)
+}
+
+fn within_5_percent(what: &str, rate: f64, limit: u64) {
+    let share = rate / limit as f64;
+    assert!((0.95..=1.05).contains(&share), "{what}: {share} of the limit");
+}
+
+#[test]
+fn limits_hold_within_five_percent_and_are_changed_while_the_guest_runs() {
+    let tap = Tap::new();
+    let mut vm = iperf_guest(&tap, 1, json!({ "tx_rate_limiter": bandwidth(MIB), "rx_rate_limiter": bandwidth(MIB) }));
+    let _server = Server::start(&tap, 5201);
+    // What the guest sends the host's interface receives.
+    for (direction, options, received) in [("tx", "", "rx"), ("rx", "-R", "tx")] {
+        let field = format!("{direction}_rate_limiter");
+        let patch = |vm: &MicroVm, limits: Value| {
+            vm.patch("/network-interfaces/net0", &json!({ "iface_id": "net0", field.as_str(): limits }));
+        };
+        let bytes = format!("{received}_bytes");
+        vm.ok(&format!("iperf3 -c {} -p 5201 -u -b 60M -t 300 {options} >/dev/null 2>&1 &", tap.host()));
+        within_5_percent(&field, limited_rate(&vm, direction, &tap, &bytes), MIB);
+        patch(&vm, bandwidth(2 * MIB));
+        within_5_percent(&field, limited_rate(&vm, direction, &tap, &bytes), 2 * MIB);
+        patch(
+            &vm,
+            json!({ "ops": { "size": 100, "refill_time": 1000 }, "bandwidth": { "size": 0, "refill_time": 0 } }),
+        );
+        let packets = limited_rate(&vm, direction, &tap, &format!("{received}_packets"));
+        within_5_percent("operations", packets, 100);
+        patch(&vm, json!({ "ops": { "size": 0, "refill_time": 0 } }));
+        assert!(rate(&tap, &bytes) > 2.2 * MIB as f64, "{field}: no limit any more");
+        vm.ok("killall iperf3; while pidof iperf3; do usleep 50000; done");
+    }
+    let shown = &vm.get("/vm/config")["network-interfaces"][0];
+    assert!(shown["tx_rate_limiter"].is_null() && shown["rx_rate_limiter"].is_null(), "{shown}");
+    let fault = vm.api().patch("/network-interfaces/none", &json!({ "iface_id": "none" })).unwrap();
+    assert_eq!(fault.status, 400);
+    vm.shut_down();
+}
+
+#[test]
+fn a_throttled_interface_uses_no_processor() {
+    let tap = Tap::new();
+    let stopped = json!({ "bandwidth": { "size": 1, "refill_time": 86_400_000u64 } });
+    let mut vm = iperf_guest(&tap, 1, json!({ "tx_rate_limiter": stopped, "rx_rate_limiter": stopped }));
+    // Neither side can ask for the other's address.
+    vm.ok(&format!("arp -s {} 02:00:00:00:00:01", tap.host()));
+    host(&format!("ip neigh add {} lladdr 02:00:00:00:00:02 dev {}", tap.guest(), tap.name));
+    let flood = Flood::start(&tap);
+    vm.begin(&format!("ping -A -w 6 {} >/dev/null; true", tap.host()));
+    std::thread::sleep(Duration::from_secs(2));
+    let ticks = |pid: u32| -> u64 {
+        // The vmm thread is the first; its times are fields 14 and 15.
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat")).unwrap();
+        stat.rsplit_once(')')
+            .unwrap()
+            .1
+            .split_ascii_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|n| n.parse::<u64>().unwrap())
+            .sum()
+    };
+    let pid = vm.pid();
+    let before = ticks(pid);
+    std::thread::sleep(Duration::from_secs(3));
+    let used = ticks(pid) - before;
+    flood.stop();
+    assert!(used <= 6, "{used} ticks of 300");
+    assert!(tap.statistic("tx_dropped") > 0, "the host had more to send");
+    vm.finish(PATIENCE);
+    vm.shut_down();
+}
+
+#[test]
+fn an_interface_survives_pauses() {
+    let tap = Tap::new();
+    let mut vm = iperf_guest(&tap, 2, json!({}));
+    let _server = Server::start(&tap, 5201);
+    vm.begin(&format!("iperf3 -c {} -p 5201 -t 5 --bidir >/dev/null; echo $?", tap.host()));
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(200));
+        vm.pause();
+        std::thread::sleep(Duration::from_millis(50));
+        vm.resume();
+    }
+    assert_eq!(vm.finish(PATIENCE), ("0\n".to_owned(), 0));
+    vm.shut_down();
+}
