@@ -107,6 +107,7 @@ impl Server {
         let mut child = Command::new("iperf3")
             .args(["-s", "--forceflush", "-B", &tap.host(), "-p", &port.to_string()])
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
