@@ -6,14 +6,18 @@ mod cpu;
 mod error;
 mod mmds;
 mod net;
+mod snapshot;
 mod vsock;
 
 use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
 
 pub use cpu::{BitMap, Capability, CpuConfig, CpuidModifier, CpuidRegister, MsrModifier, parse_number};
 pub use error::ConfigError;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
+pub use snapshot::{SnapshotCreate, SnapshotKind, SnapshotLoad};
 pub use vsock::{GuestCid, VsockConfig};
 
 /// Whether `id` may name a resource: `[A-Za-z0-9_]+`.
@@ -46,7 +50,7 @@ pub const DEFAULT_BOOT_ARGS: &str =
     "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
 /// How the guest's RAM is backed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum HugePages {
     /// Base pages; whatever the host's transparent huge page policy does.
     #[default]
@@ -58,7 +62,7 @@ pub enum HugePages {
 }
 
 /// vCPUs and memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineConfig {
     /// 1 to [`MAX_VCPUS`]; even or 1 when `smt` is set.
     pub vcpu_count: u8,
@@ -101,7 +105,7 @@ impl MachineConfig {
 }
 
 /// How kernel and initrd get into guest RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum ImageMapping {
     /// Page-aligned pieces are mapped from their files, copy-on-write.
     #[default]
@@ -111,7 +115,7 @@ pub enum ImageMapping {
 }
 
 /// What to boot.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootSource {
     /// An ELF vmlinux or a bzImage.
     pub kernel_image_path: PathBuf,
@@ -144,7 +148,8 @@ impl BootSource {
 }
 
 /// One token bucket: `size` tokens, refilled evenly over `refill_time_ms`. Neither is 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "(u64, u64, u64)", into = "(u64, u64, u64)")]
 pub struct TokenBucketConfig {
     /// Capacity in tokens (bytes or operations).
     pub size: u64,
@@ -161,8 +166,23 @@ impl TokenBucketConfig {
     }
 }
 
+/// As it is in a snapshot, where it may be anything.
+impl TryFrom<(u64, u64, u64)> for TokenBucketConfig {
+    type Error = &'static str;
+
+    fn try_from((size, refill_time_ms, one_time_burst): (u64, u64, u64)) -> Result<Self, Self::Error> {
+        Self::new(size, refill_time_ms, one_time_burst).ok_or("a token bucket without size or refill time")
+    }
+}
+
+impl From<TokenBucketConfig> for (u64, u64, u64) {
+    fn from(bucket: TokenBucketConfig) -> Self {
+        (bucket.size, bucket.refill_time_ms, bucket.one_time_burst)
+    }
+}
+
 /// Limits of one direction of one device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RateLimiterConfig {
     /// Bytes.
     pub bandwidth: Option<TokenBucketConfig>,
@@ -211,7 +231,7 @@ impl RateLimiterUpdate {
 }
 
 /// What FLUSH means to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum CacheType {
     /// FLUSH is not offered; the host writes back when it likes.
     #[default]
@@ -221,7 +241,7 @@ pub enum CacheType {
 }
 
 /// How a drive's requests are carried out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum IoEngine {
     /// `preadv`/`pwritev` on the vmm thread.
     #[default]
@@ -231,7 +251,7 @@ pub enum IoEngine {
 }
 
 /// A virtio-block drive.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriveConfig {
     /// Resource id, `[A-Za-z0-9_]+`.
     pub drive_id: String,
@@ -301,7 +321,7 @@ impl DriveUpdate {
 }
 
 /// Where the serial port's output goes.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SerialConfig {
     /// A file or FIFO; standard output if `None`.
     pub serial_out_path: Option<PathBuf>,
@@ -336,11 +356,12 @@ pub struct MetricsConfig {
 }
 
 /// Everything configured so far.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct VmConfig {
     /// vCPUs and memory.
     pub machine: MachineConfig,
     /// What the guest sees of its CPU.
+    #[serde(skip)]
     pub cpu: Option<CpuConfig>,
     /// Kernel and initrd.
     pub boot_source: Option<BootSource>,
@@ -352,9 +373,11 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// Serial port.
     pub serial: Option<SerialConfig>,
-    /// Log.
+    /// Log; the process's own, in no snapshot.
+    #[serde(skip)]
     pub logger: Option<LoggerConfig>,
-    /// Metrics.
+    /// Metrics; as the log.
+    #[serde(skip)]
     pub metrics: Option<MetricsConfig>,
     /// Metadata service.
     pub mmds: Option<MmdsConfig>,

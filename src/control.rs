@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
     BootSource, ConfigError, CpuConfig, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig,
-    MetricsConfig, MmdsConfig, NetConfig, NetUpdate, SerialConfig, VmConfig, VsockConfig,
+    MetricsConfig, MmdsConfig, NetConfig, NetUpdate, SerialConfig, SnapshotCreate, SnapshotLoad, VmConfig, VsockConfig,
 };
 
 /// Where the microVM is in its life.
@@ -69,6 +69,10 @@ pub enum Command {
     PatchMetadata(Value),
     /// Configure the metrics file, once.
     SetMetrics(MetricsConfig),
+    /// Write a snapshot.
+    CreateSnapshot(SnapshotCreate),
+    /// Become the microVM of a snapshot.
+    LoadSnapshot(Box<SnapshotLoad>),
     /// Build the machine and run it.
     Start,
     /// Write the metrics now.
@@ -102,6 +106,7 @@ impl Command {
             | Self::SetLogger(_)
             | Self::SetMetrics(_)
             | Self::SetMmds(_)
+            | Self::LoadSnapshot(_)
             | Self::Start
                 if !configuring =>
             {
@@ -111,11 +116,15 @@ impl Command {
             | Self::UpdateNetworkInterface(_)
             | Self::FlushMetrics
             | Self::SendCtrlAltDel
+            | Self::CreateSnapshot(_)
             | Self::Pause
             | Self::Resume
                 if configuring =>
             {
                 Err(Refusal("The requested operation is not supported before starting the microVM.".into()))
+            }
+            Self::CreateSnapshot(_) if lifecycle == Lifecycle::Running => {
+                Err(Refusal("The microVM is running: pause it with PATCH /vm before a snapshot of it is made.".into()))
             }
             _ => Ok(()),
         }
@@ -294,6 +303,7 @@ mod tests {
             (Command::SetSerial(SerialConfig::default()), "B"),
             (Command::SetLogger(LoggerConfig::default()), "B"),
             (Command::SetMetrics(MetricsConfig::default()), "B"),
+            (Command::LoadSnapshot(Box::default()), "B"),
             (Command::Start, "B"),
             (Command::UpdateDrive(drive_update), "A"),
             (Command::UpdateNetworkInterface(interface_update), "A"),

@@ -25,12 +25,14 @@
 //! | [`devices`] | what the guest sees |
 //! | [`mmds`] | the metadata service behind the guest's network device |
 //! | [`memory`] | guest RAM: layout and backing |
+//! | [`snapshot`] | the two files of a snapshot |
 //! | [`config`] | the validated configuration and every limit |
 //! | [`metrics`], [`log`] | what the operator sees |
 //! | [`socket`] | Unix sockets in the file system, the API's and vsock's |
+//! | [`random`] | bytes nobody can guess |
 //! | [`signals`] | how the process ends when somebody else wants it to |
 //!
-//! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices} →
+//! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices, snapshot} →
 //! {memory, mmds} → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
 
 pub mod api;
@@ -46,5 +48,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod random;
 pub mod signals;
+pub mod snapshot;
 pub mod socket;

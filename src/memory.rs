@@ -11,7 +11,9 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -156,6 +158,10 @@ pub struct Slot {
 pub struct GuestRam {
     memory: GuestMemory,
     huge_pages: HugePages,
+    /// Where images are mapped, as offsets into RAM without the gap.
+    mapped: Mutex<Vec<Range<u64>>>,
+    /// The memory file of the snapshot that this RAM is a private mapping of.
+    base: Option<File>,
 }
 
 impl GuestRam {
@@ -171,7 +177,7 @@ impl GuestRam {
         }
         let regions = ranges(size).map(|(gpa, len)| reserve(gpa, len, huge_pages)).collect::<Result<_, _>>()?;
         let memory = GuestMemory::from_regions(regions).map_err(Error::Layout)?;
-        Ok(Self { memory, huge_pages })
+        Ok(Self { memory, huge_pages, mapped: Mutex::default(), base: None })
     }
 
     /// The memory itself.
@@ -203,6 +209,38 @@ impl GuestRam {
         self.size().min(MMIO_GAP_START)
     }
 
+    /// Where images are mapped: ascending ranges of whole pages, as offsets into RAM without the gap.
+    pub fn mapped(&self) -> Vec<Range<u64>> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        mapped.sort_by_key(|range| range.start);
+        mapped
+    }
+
+    /// The memory file that this RAM came from.
+    pub fn base(&self) -> Option<&File> {
+        self.base.as_ref()
+    }
+
+    /// Makes RAM what the memory file of a snapshot holds: a private mapping, of which pages are read
+    /// when they are touched and copied when they are written. Huge pages cannot be mapped so; they
+    /// are filled at once.
+    ///
+    /// # Errors
+    /// The file is too short, or the host refuses.
+    pub fn load(&mut self, file: File) -> Result<(), Error> {
+        let mut offset = 0;
+        for slot in self.slots().collect::<Vec<_>>() {
+            if self.huge_pages == HugePages::Size2M {
+                self.read_file(slot.gpa, &file, offset, slot.size)?;
+            } else {
+                self.map(slot.gpa, &file, offset, slot.size)?;
+            }
+            offset += slot.size;
+        }
+        self.base = (self.huge_pages != HugePages::Size2M).then_some(file);
+        Ok(())
+    }
+
     /// Maps `len` bytes of `file` from `offset` over RAM at `gpa`, copy-on-write: pages are shared
     /// with the page cache until the guest writes them. What lies past the end of the file in its
     /// last page reads as zeroes. The file must not be truncated while the guest lives: touching a
@@ -212,6 +250,14 @@ impl GuestRam {
     /// `gpa` or `offset` is not page-aligned, the range is not RAM, `len` goes beyond the file or
     /// ends within a page that is not its last, RAM is made of huge pages, or the host refuses.
     pub fn map_file(&self, gpa: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
+        self.map(gpa, file, offset, len)?;
+        let start = if gpa < MMIO_GAP_START { gpa } else { gpa - (MMIO_GAP_END - MMIO_GAP_START) };
+        let range = start..(start + len).next_multiple_of(PAGE_SIZE);
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+        Ok(())
+    }
+
+    fn map(&self, gpa: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let fail = |source| Error::File { gpa, offset, len, source };
         let file_len = file.metadata().map_err(fail)?.len();
         let end = offset.checked_add(len).filter(|&end| len > 0 && end <= file_len);

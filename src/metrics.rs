@@ -246,6 +246,12 @@ groups! {
         pause_vm: Gauge,
         /// A resume as the client saw it, in microseconds.
         resume_vm: Gauge,
+        /// A full snapshot as the client saw it, in microseconds.
+        full_create_snapshot: Gauge,
+        /// A diff snapshot as the client saw it, in microseconds.
+        diff_create_snapshot: Gauge,
+        /// The load of a snapshot as the client saw it, in microseconds.
+        load_snapshot: Gauge,
     }
     /// The log and the metrics file.
     Logger {

@@ -12,6 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("metrics", &[]),
     ("log", &[]),
+    ("random", &[]),
     ("signals", &[]),
     ("socket", &[]),
     ("event_loop", &[]),
@@ -20,12 +21,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("boot", &["memory"]),
     ("devices", &["memory", "mmds"]),
     ("kvm", &["boot", "memory"]),
-    ("machine", &["boot", "control", "devices", "event_loop", "kvm", "memory", "mmds", "signals", "socket"]),
+    ("snapshot", &["memory"]),
+    (
+        "machine",
+        &["boot", "control", "devices", "event_loop", "kvm", "memory", "mmds", "signals", "snapshot", "socket"],
+    ),
     ("control", &[]),
     ("api", &["control"]),
     ("cli", &["api"]),
 ];
-const EVERYBODYS: &[&str] = &["config", "metrics", "log", "warn_limited"];
+const EVERYBODYS: &[&str] = &["random", "config", "metrics", "log", "warn_limited"];
 
 fn sources(at: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(at).expect("a source directory").map(|entry| entry.expect("an entry").path()) {

@@ -393,3 +393,43 @@ impl From<Lifecycle> for types::InstanceState {
         }
     }
 }
+
+impl TryFrom<types::SnapshotCreateParams> for config::SnapshotCreate {
+    type Error = ConfigError;
+
+    fn try_from(body: types::SnapshotCreateParams) -> Result<Self, ConfigError> {
+        let kind = match body.snapshot_type {
+            types::SnapshotType::Full => config::SnapshotKind::Full,
+            types::SnapshotType::Diff => config::SnapshotKind::Diff,
+        };
+        Self { snapshot_path: body.snapshot_path, mem_file_path: body.mem_file_path, kind }.checked()
+    }
+}
+
+impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
+    type Error = ConfigError;
+
+    fn try_from(body: types::SnapshotLoadParams) -> Result<Self, ConfigError> {
+        let mem_file_path = match (body.mem_backend, body.mem_file_path) {
+            (Some(backend), None) if backend.backend_type == types::MemoryBackendType::File => backend.backend_path,
+            (Some(_), None) => {
+                return Err(ConfigError::Unavailable("backend_type Uffd is not available in this release"));
+            }
+            (None, Some(path)) => path,
+            _ => return Err(ConfigError::SnapshotMemory),
+        };
+        let devices = body.network_overrides.into_iter().map(|over| Ok((over.iface_id, over.host_dev_name.parse()?)));
+        Self {
+            snapshot_path: body.snapshot_path,
+            mem_file_path,
+            resume_vm: body.resume_vm,
+            track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
+            network_overrides: devices.collect::<Result<_, ConfigError>>()?,
+            drive_overrides: body.drive_overrides.into_iter().map(|over| (over.drive_id, over.path_on_host)).collect(),
+            vsock_override: body.vsock_override.map(|over| over.uds_path),
+            clock_realtime: body.clock_realtime,
+            huge_pages: body.huge_pages.map(Into::into),
+        }
+        .checked()
+    }
+}

@@ -131,6 +131,10 @@ pub static ENDPOINTS: &[Endpoint] = &[
     endpoint!(PATCH "mmds" |_, body| ask(Command::PatchMetadata(parse(body)?)),
         patch_api_requests mmds_count mmds_fails),
     endpoint!(PUT "mmds/config" |_, body| put_mmds_config(body), put_api_requests mmds_count mmds_fails),
+    endpoint!(PUT "snapshot/create" |_, body| {
+        ask(Command::CreateSnapshot(parse::<types::SnapshotCreateParams>(body)?.try_into()?))
+    }),
+    endpoint!(PUT "snapshot/load" |_, body| put_snapshot_load(body)),
     endpoint!(PATCH "vm" |_, body| patch_vm(body), patch_api_requests vm_count vm_fails),
 ];
 
@@ -269,6 +273,13 @@ fn put_vsock(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::Vsock = parse(body)?;
     let deprecated = body.vsock_id.is_some();
     Ok(Action::Ask(Ask { command: Command::SetVsock(body.try_into()?), view: View::Whole, deprecated, refusals: None }))
+}
+
+fn put_snapshot_load(body: &[u8]) -> Result<Action, Rejection> {
+    let body: types::SnapshotLoadParams = parse(body)?;
+    let deprecated = body.mem_file_path.is_some() || body.enable_diff_snapshots.is_some();
+    let command = Command::LoadSnapshot(Box::new(body.try_into()?));
+    Ok(Action::Ask(Ask { command, view: View::Whole, deprecated, refusals: None }))
 }
 
 fn put_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {

@@ -31,6 +31,7 @@ use tokio::time::timeout;
 use super::error::ApiError;
 use super::routes::{self, Action, Ask};
 use super::types;
+use crate::config::SnapshotKind;
 use crate::control::{self, Command, CommandSender, Event, Gone};
 use crate::metrics::{self, METRICS};
 use crate::warn_limited;
@@ -216,9 +217,14 @@ impl Server {
     /// Sends a command and waits for its answer.
     async fn ask(&self, ask: Ask) -> Result<Response<Reply>, ApiError> {
         let start = Instant::now();
-        let latency = match ask.command {
+        let latency = match &ask.command {
             Command::Pause => Some(&METRICS.latencies_us.pause_vm),
             Command::Resume => Some(&METRICS.latencies_us.resume_vm),
+            Command::LoadSnapshot(_) => Some(&METRICS.latencies_us.load_snapshot),
+            Command::CreateSnapshot(request) => Some(match request.kind {
+                SnapshotKind::Full => &METRICS.latencies_us.full_create_snapshot,
+                SnapshotKind::Diff => &METRICS.latencies_us.diff_create_snapshot,
+            }),
             _ => None,
         };
         let answer = self.to_vmm.send(ask.command)?.await.map_err(|_| Gone)?;

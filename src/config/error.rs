@@ -121,6 +121,12 @@ pub enum ConfigError {
     /// A file that was to hold a configuration.
     #[error("cpu-config {0:?} cannot be used: {1}")]
     CpuConfigFile(PathBuf, String),
+    /// Two files are written.
+    #[error("snapshot_path and mem_file_path are both {0:?}; they must be two files")]
+    SnapshotOneFile(PathBuf),
+    /// Memory comes from one place.
+    #[error("name the memory file once, in mem_backend (or in mem_file_path, as older clients do)")]
+    SnapshotMemory,
     /// Known to the API, not to this release.
     #[error("{0}")]
     Unavailable(&'static str),

@@ -2,10 +2,12 @@
 
 use std::net::Ipv4Addr;
 
+use serde::{Deserialize, Serialize};
+
 use super::ConfigError;
 
 /// Whether the guest needs a token to read metadata.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum MmdsVersion {
     /// No.
     #[default]
@@ -15,7 +17,7 @@ pub enum MmdsVersion {
 }
 
 /// How the guest reaches the metadata service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MmdsConfig {
     /// Through these.
     pub network_interfaces: Vec<String>,

@@ -4,6 +4,8 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{ConfigError, RateLimiterConfig, RateLimiterUpdate, check_resource_id};
 
 /// Longest name of a network interface in bytes (`IFNAMSIZ` without the terminating NUL).
@@ -12,7 +14,7 @@ pub const MAX_INTERFACE_NAME: usize = 15;
 pub const MIN_MTU: u16 = 68;
 
 /// An Ethernet address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MacAddress(pub [u8; 6]);
 
 impl FromStr for MacAddress {
@@ -39,7 +41,7 @@ impl fmt::Display for MacAddress {
 }
 
 /// Which TAP an interface is the other end of.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostDevice {
     /// The one of this name; to open it takes CAP_NET_ADMIN or being its owner.
     Named(String),
@@ -72,7 +74,7 @@ impl fmt::Display for HostDevice {
 }
 
 /// A virtio-net interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetConfig {
     /// Resource id, `[A-Za-z0-9_]+`.
     pub iface_id: String,

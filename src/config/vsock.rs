@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::{ConfigError, check_path};
 
 /// A guest's CID: what it is called on its side of a vsock connection, 3 to 2^32 - 2.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct GuestCid(u32);
 
 impl TryFrom<u64> for GuestCid {
@@ -23,7 +26,7 @@ impl From<GuestCid> for u64 {
 }
 
 /// The vsock device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockConfig {
     /// The guest's.
     pub guest_cid: GuestCid,

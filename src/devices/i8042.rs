@@ -3,6 +3,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::metrics::METRICS;
@@ -39,6 +41,15 @@ const CTRL_ALT_DEL_TRANSLATED: &[u8] = &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb
 /// What the controller holds before it drops answers: a guest that never reads loses them.
 const CAPACITY: usize = 16;
 
+/// What the controller holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct I8042State {
+    output: Vec<u8>,
+    config: u8,
+    output_port: u8,
+    awaiting: Option<u8>,
+}
+
 /// The controller.
 #[derive(Debug)]
 pub struct I8042 {
@@ -62,6 +73,28 @@ impl I8042 {
             config: CONFIG_KEYBOARD_INTERRUPT | CONFIG_SYSTEM | CONFIG_TRANSLATE,
             output_port: OUTPUT_PORT_RUNNING,
             awaiting: None,
+        }
+    }
+
+    /// Its state.
+    pub fn save(&self) -> I8042State {
+        I8042State {
+            output: self.output.iter().copied().collect(),
+            config: self.config,
+            output_port: self.output_port,
+            awaiting: self.awaiting,
+        }
+    }
+
+    /// Takes a state on; more keys than it can hold are cut.
+    pub fn restore(&mut self, state: &I8042State) {
+        self.output = state.output.iter().copied().take(CAPACITY).collect();
+        self.config = state.config;
+        self.output_port = state.output_port;
+        self.awaiting = state.awaiting;
+        // See `Serial::restore`.
+        if !self.output.is_empty() {
+            self.raise();
         }
     }
 

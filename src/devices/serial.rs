@@ -7,6 +7,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use vmm_sys_util::eventfd::EventFd;
 
 /// First port of COM1.
@@ -51,6 +53,18 @@ const MSR_CONNECTED: u8 = 0xb0;
 /// 9600 baud on the 1.8432 MHz clock.
 const DIVISOR: [u8; 2] = [12, 0];
 
+/// The registers and the input on its way. Output is the host's by the time it is saved, or lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    input: Vec<u8>,
+    transmitter_pending: bool,
+    ier: u8,
+    lcr: u8,
+    mcr: u8,
+    scratch: u8,
+    divisor: [u8; 2],
+}
+
 /// COM1.
 #[derive(Debug)]
 pub struct Serial {
@@ -90,6 +104,36 @@ impl Serial {
             mcr: MCR_OUT2,
             scratch: 0,
             divisor: DIVISOR,
+        }
+    }
+
+    /// Its state.
+    pub fn save(&self) -> SerialState {
+        SerialState {
+            input: self.input.iter().copied().collect(),
+            transmitter_pending: self.transmitter_pending,
+            ier: self.ier,
+            lcr: self.lcr,
+            mcr: self.mcr,
+            scratch: self.scratch,
+            divisor: self.divisor,
+        }
+    }
+
+    /// Takes a state on. Every value of it is one that a guest could have brought about, save too much
+    /// input, which is cut.
+    pub fn restore(&mut self, state: &SerialState) {
+        self.input = state.input.iter().copied().take(INPUT_CAPACITY).collect();
+        self.output.clear();
+        self.transmitter_pending = state.transmitter_pending;
+        self.ier = state.ier & IER_MASK;
+        self.lcr = state.lcr;
+        self.mcr = state.mcr & MCR_MASK;
+        self.scratch = state.scratch;
+        self.divisor = state.divisor;
+        // An interrupt may have been on its way into the interrupt controller; one too many is harmless.
+        if self.transmitter_pending || !self.input.is_empty() {
+            self.raise();
         }
     }
 

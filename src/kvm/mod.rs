@@ -50,6 +50,9 @@ pub enum Error {
     /// The same.
     #[error("msr_modifiers: KVM has no MSR {0:#x} on this host, or does not let it be read")]
     NoMsr(u32),
+    /// A descriptor could not be duplicated.
+    #[error("cannot duplicate a vCPU's descriptor")]
+    Descriptor(#[source] std::io::Error),
     /// A thread could not be started.
     #[error("cannot start the thread of vCPU {0}")]
     Thread(u8, #[source] std::io::Error),

@@ -11,6 +11,7 @@
 //! nothing: whichever side of the entry the vCPU is on, it comes out, so no kick is lost.
 
 use std::ffi::c_int;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,7 +21,7 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Error;
+use super::{Error, Vm};
 
 /// Touched only where it is used: deep enough for a device access, small enough for 32 of them.
 const STACK_SIZE: usize = 128 << 10;
@@ -106,6 +107,8 @@ pub struct Vcpu {
     shared: Arc<Shared>,
     /// `None` once it is joined.
     thread: Option<JoinHandle<()>>,
+    /// Open as long as the thread has not exited.
+    fd: RawFd,
 }
 
 /// What a vCPU is doing, seen from the vmm thread.
@@ -127,6 +130,7 @@ impl Vcpu {
         exits: Arc<E>,
         to_vmm: Arc<EventFd>,
     ) -> Result<Self, Error> {
+        let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit }),
@@ -141,7 +145,7 @@ impl Vcpu {
                 move || live(&shared, &mut fd, exits.as_ref())
             })
             .map_err(|source| Error::Thread(id, source))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), fd: raw })
     }
 
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
@@ -165,6 +169,20 @@ impl Vcpu {
         }
         drop(inner);
         self.shared.changed.notify_one();
+    }
+
+    /// A handle of the vCPU besides its thread's, if it is parked.
+    ///
+    /// # Errors
+    /// As [`Vm::second_handle`].
+    pub fn second_handle(&self, vm: &Vm) -> Result<Option<VcpuFd>, Error> {
+        let inner = self.shared.lock();
+        if !matches!(inner.state, State::Parked) {
+            return Ok(None);
+        }
+        // SAFETY: the thread is parked and cannot exit while the lock is held, so its descriptor is
+        // open.
+        unsafe { vm.second_handle(self.fd) }.map(Some)
     }
 
     /// What it is doing.
@@ -206,6 +224,8 @@ fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) {
         if wish == Wish::Stop {
             break None;
         }
+        // The guest's watchdogs are told that it stood still; one without kvmclock has none to tell.
+        let _ = fd.kvmclock_ctrl();
         if let Err(report) = run_until_kicked(shared, fd, exits) {
             break Some(report);
         }

@@ -1,29 +1,29 @@
 //! The VM: memory slots, interrupt controllers, event descriptors.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::IoUring;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::x86_64::state::VmState;
 use super::{Error, ioctl};
 use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
 
-/// `/dev/kvm`, checked, with what it supports read once.
+/// `/dev/kvm`, checked.
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
-    supported_cpuid: CpuId,
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm`, checks what it must be able to do, changed by `changes`, and reads the CPUID leaves it supports (the read costs a quarter of a
-    /// millisecond, so it is done once).
+    /// Opens `/dev/kvm` and checks what it must be able to do, changed by `changes`.
     pub fn open(changes: &[Capability]) -> Result<Self, Error> {
         let fd = kvm_ioctls::Kvm::new().map_err(Error::Open)?;
         if fd.get_api_version() != 12 {
@@ -50,14 +50,18 @@ impl Kvm {
                 return Err(Error::Capability(number));
             }
         }
-        let supported_cpuid =
-            fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self { fd, supported_cpuid })
+        Ok(Self { fd })
     }
 
-    /// The leaves KVM can show a guest on this host.
-    pub fn supported_cpuid(&self) -> &CpuId {
-        &self.supported_cpuid
+    /// The leaves KVM can show a guest on this host. It takes a quarter of a millisecond to ask.
+    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
+        self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))
+    }
+
+    /// The MSRs that make up a vCPU's state on this host.
+    pub fn msrs(&self) -> Result<Vec<u32>, Error> {
+        let list = self.fd.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
     }
 }
 
@@ -70,15 +74,16 @@ pub struct Vm {
 
 impl Vm {
     /// Makes a VM over `ram` and memory it can only read, with PIC, I/O APIC, local APICs and PIT in
-    /// the kernel.
+    /// the kernel. With `log_dirty` KVM notes which pages of `ram` the guest writes.
     ///
     /// # Safety
     /// What `read_only` names is mapped as long as the VM lives, and `ram` outlives the VM.
-    pub unsafe fn new(kvm: &Kvm, ram: &GuestRam, read_only: Option<Slot>) -> Result<Self, Error> {
+    pub unsafe fn new(kvm: &Kvm, ram: &GuestRam, log_dirty: bool, read_only: Option<Slot>) -> Result<Self, Error> {
         let fd = kvm.fd.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(memory::KVM_TSS as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
-        let slots = ram.slots().map(|slot| (slot, 0)).chain(read_only.map(|slot| (slot, KVM_MEM_READONLY)));
+        let ram_flags = if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let slots = ram.slots().map(|slot| (slot, ram_flags)).chain(read_only.map(|slot| (slot, KVM_MEM_READONLY)));
         for (index, (slot, flags)) in (0..).zip(slots) {
             let region = kvm_userspace_memory_region {
                 slot: index,
@@ -101,6 +106,33 @@ impl Vm {
     /// Makes the descriptor of vCPU `id`.
     pub fn create_vcpu(&self, id: u8) -> Result<kvm_ioctls::VcpuFd, Error> {
         self.fd.create_vcpu(u64::from(id)).map_err(ioctl("KVM_CREATE_VCPU"))
+    }
+
+    /// A second handle of the vCPU whose descriptor is `vcpu`, to look at it while it is parked.
+    ///
+    /// # Errors
+    /// There is no descriptor left, or no address space.
+    ///
+    /// # Safety
+    /// `vcpu` is the open descriptor of a vCPU of this VM.
+    pub unsafe fn second_handle(&self, vcpu: RawFd) -> Result<VcpuFd, Error> {
+        // SAFETY: `fcntl` only looks the number up.
+        let copy = unsafe { libc::fcntl(vcpu, libc::F_DUPFD_CLOEXEC, 3) };
+        if copy < 0 {
+            return Err(Error::Descriptor(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is new, nobody else's, and by this function's contract a vCPU's.
+        unsafe { self.fd.create_vcpu_from_rawfd(copy) }.map_err(ioctl("mmap of a vCPU"))
+    }
+
+    /// Reads the state of interrupt controllers, timer and clock while no vCPU runs.
+    pub fn save(&self) -> Result<VmState, Error> {
+        VmState::save(&self.fd)
+    }
+
+    /// Puts such a state back; see [`VmState::restore`].
+    pub fn restore(&self, state: &VmState, realtime: bool) -> Result<(), Error> {
+        state.restore(&self.fd, realtime)
     }
 
     /// A guest write of any width and value at `gpa` signals `event`, without an exit to us.

@@ -110,7 +110,8 @@ pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Error> {
     })
 }
 
-fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
+/// Opens an image to be read: a regular file.
+pub fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
     open(what, path, false, "it must be a regular file", |kind| kind.is_file())
 }
 

@@ -19,14 +19,13 @@ use super::console::Console;
 use super::files::Files;
 use super::shell::{Layout, Shell};
 use super::{Error, chain, devices, fill};
-use crate::config::{MetricsConfig, VmConfig, VsockConfig};
+use crate::config::{MetricsConfig, SnapshotLoad, VmConfig, VsockConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::virtio::Windows;
 use crate::event_loop::{EventLoop, Token, When};
-use crate::kvm::x86_64::cpuid::Topology;
-use crate::kvm::{Report, Run, Vcpu, Vm, Wish};
+use crate::kvm::{Kvm, Report, Run, Vcpu, Vm, Wish};
 use crate::log;
 use crate::memory::GuestRam;
 use crate::metrics::{JsonLines, METRICS};
@@ -55,13 +54,14 @@ impl Ending {
 }
 
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
-struct Machine {
-    vcpus: Vec<Vcpu>,
+pub(super) struct Machine {
+    pub(super) vcpus: Vec<Vcpu>,
     vcpu_event: Arc<EventFd>,
-    bus: Arc<Bus>,
-    console: Console,
-    _vm: Arc<Vm>,
-    _ram: GuestRam,
+    pub(super) bus: Arc<Bus>,
+    pub(super) console: Console,
+    pub(super) kvm: Kvm,
+    pub(super) vm: Arc<Vm>,
+    pub(super) ram: GuestRam,
     _windows: Windows,
 }
 
@@ -79,13 +79,13 @@ pub struct Vmm {
     id: String,
     boot_timer: Option<BootTimer>,
     state: Lifecycle,
-    config: VmConfig,
+    pub(super) config: VmConfig,
     mmds: mmds::Shared,
     files: Files,
-    machine: Option<Machine>,
+    pub(super) machine: Option<Machine>,
     /// Where host processes connect to the guest. The file is removed at the end.
     vsock: Option<(UnixListener, SocketFile)>,
-    events: EventLoop,
+    pub(super) events: EventLoop,
     commands: CommandReceiver,
     /// `None` after the last event.
     subscribers: Option<broadcast::Sender<Event>>,
@@ -96,6 +96,8 @@ pub struct Vmm {
     parking: Option<oneshot::Sender<Answer>>,
     /// What arrived during it.
     deferred: VecDeque<Request>,
+    /// A failed load ends the process, once its client was told.
+    doom: Option<Ending>,
 }
 
 impl Vmm {
@@ -128,6 +130,7 @@ impl Vmm {
             _termination: termination,
             parking: None,
             deferred: VecDeque::new(),
+            doom: None,
         })
     }
 
@@ -153,7 +156,12 @@ impl Vmm {
 
     fn dispatch(&mut self, token: Token) -> Option<Ending> {
         match token {
-            Token::Command => self.serve_commands(),
+            Token::Command => {
+                self.serve_commands();
+                if self.doom.is_some() {
+                    return self.doom.take();
+                }
+            }
             Token::Signal => return Some(Ending::clean("stopped by a signal")),
             Token::Metrics => self.write_metrics(),
             _ => {}
@@ -241,6 +249,8 @@ impl Vmm {
             Command::Start => self.start()?,
             Command::FlushMetrics => self.flush_metrics()?,
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
+            Command::CreateSnapshot(request) => self.create_snapshot(&request).map_err(refuse)?,
+            Command::LoadSnapshot(request) => self.load(&request)?,
             Command::Pause => self.park(None),
             Command::Resume => self.resume(),
         }
@@ -276,10 +286,7 @@ impl Vmm {
             timer.start();
         }
         let machine = self.build().map_err(refuse)?;
-        self.watch_machine(&machine).map_err(refuse)?;
-        let machine = self.machine.insert(machine);
-        machine.console.open_input(&self.events);
-        self.files.clear();
+        let machine = self.install(machine)?;
         for vcpu in &machine.vcpus {
             vcpu.wish(Wish::Run);
         }
@@ -287,32 +294,62 @@ impl Vmm {
         Ok(())
     }
 
+    /// Makes a machine that was built the one that the event loop serves.
+    pub(super) fn install(&mut self, machine: Machine) -> Result<&mut Machine, Refusal> {
+        self.watch_machine(&machine).map_err(refuse)?;
+        self.files.clear();
+        let machine = self.machine.insert(machine);
+        machine.console.open_input(&self.events);
+        Ok(machine)
+    }
+
+    /// Loads a snapshot into a process that was not configured otherwise. One that fails has changed
+    /// too much for another try.
+    fn load(&mut self, request: &SnapshotLoad) -> Result<(), Refusal> {
+        let VmConfig { logger, metrics, .. } = self.config.clone();
+        if self.config != (VmConfig { logger, metrics, ..VmConfig::default() }) {
+            return Err(Refusal(
+                "Loading a snapshot is not supported after something else than logger and metrics was configured: \
+                 start another process for it."
+                    .into(),
+            ));
+        }
+        self.load_snapshot(request).inspect_err(|refusal| {
+            self.doom =
+                Some(Ending::failure(format!("the snapshot could not be loaded: {}", refusal.0.trim_end_matches('.'))));
+        })
+    }
+
     /// Shell, fill: everything up to the first instruction. What was made goes away on failure.
     fn build(&self) -> Result<Machine, Error> {
         let (Some(source), Some(kernel)) = (&self.config.boot_source, &self.files.kernel) else {
             return Err(Error::NoBootSource);
         };
-        let config = &self.config.machine;
-        let layout = Layout {
-            topology: Topology { vcpus: config.vcpu_count, threads_per_core: if config.smt { 2 } else { 1 } },
-            ram_bytes: config.mem_size_mib << 20,
-            huge_pages: config.huge_pages,
-            cpu: self.config.cpu.clone().unwrap_or_default(),
-        };
+        let layout = Layout::from(&self.config);
+        let shell = self.shell(&layout)?;
+        fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
+        self.assemble(shell)
+    }
+
+    /// A machine without content, with the devices that are configured.
+    pub(super) fn shell(&self, layout: &Layout) -> Result<Shell, Error> {
         let listener = self.vsock.as_ref().map(|(listener, _)| listener);
         let devices = || devices::build(&self.config, &self.files, &self.mmds, listener);
-        let shell = Shell::new(layout, devices, self.boot_timer.clone())?;
-        fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config.drives)?;
+        Shell::new(layout, devices, self.boot_timer.clone())
+    }
+
+    /// Makes a machine of a shell that has its content: the console, and a thread for each vCPU.
+    pub(super) fn assemble(&self, shell: Shell) -> Result<Machine, Error> {
         let serial = self.config.serial.clone().unwrap_or_default();
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
         let file = file.map_err(|source| Error::Event("duplicate the serial port's descriptor", source))?;
         let console = Console::new(file, serial.rate_limiter.as_ref());
-        let Shell { vcpu_fds, bus, vm, ram, windows, vcpu_event } = shell;
+        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, vcpu_event } = shell;
         let vcpus = (0..)
             .zip(vcpu_fds)
             .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
             .collect::<Result<_, _>>()?;
-        Ok(Machine { vcpus, vcpu_event, bus, console, _vm: vm, _ram: ram, _windows: windows })
+        Ok(Machine { vcpus, vcpu_event, bus, console, kvm, vm, ram, _windows: windows })
     }
 
     fn watch_machine(&self, machine: &Machine) -> Result<(), Error> {
@@ -391,7 +428,7 @@ impl Vmm {
         }
     }
 
-    fn resume(&mut self) {
+    pub(super) fn resume(&mut self) {
         if self.state == Lifecycle::Running {
             return;
         }
@@ -438,7 +475,7 @@ impl Vmm {
         None
     }
 
-    fn enter(&mut self, state: Lifecycle, event: Event) {
+    pub(super) fn enter(&mut self, state: Lifecycle, event: Event) {
         self.state = state;
         if let Some(subscribers) = &self.subscribers {
             // Nobody may be listening.

@@ -7,6 +7,7 @@ mod files;
 mod fill;
 pub mod lifecycle;
 mod shell;
+mod snapshot;
 
 pub use console::restore_terminal;
 
@@ -101,6 +102,9 @@ pub enum Error {
         #[source]
         source: crate::boot::kernel::Error,
     },
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::SnapshotError),
     /// The file is set once.
     #[error("the metrics file is set already and cannot be changed")]
     MetricsTwice,

@@ -5,14 +5,13 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
-use crate::config::{CpuConfig, HugePages};
+use crate::config::{Capability, HugePages, VmConfig};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
 use crate::devices::serial::{COM1_IRQ, Serial};
 use crate::devices::virtio::{Device, INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
-use crate::kvm::x86_64::cpuid::{self, Topology};
-use crate::kvm::x86_64::{msrs, regs};
+use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{self, Kvm, Vm};
 use crate::memory::{GuestRam, MmioDevice};
 use crate::metrics::METRICS;
@@ -48,12 +47,29 @@ pub struct Layout {
     pub ram_bytes: u64,
     /// Backing of guest RAM.
     pub huge_pages: HugePages,
-    /// What the guest sees of its CPU.
-    pub cpu: CpuConfig,
+    /// Have KVM note which pages the guest writes.
+    pub log_dirty: bool,
+    /// What KVM must be able to do besides.
+    pub kvm_capabilities: Vec<Capability>,
+}
+
+impl From<&VmConfig> for Layout {
+    fn from(config: &VmConfig) -> Self {
+        let VmConfig { machine: config, cpu, .. } = config;
+        Self {
+            topology: Topology { vcpus: config.vcpu_count, threads_per_core: if config.smt { 2 } else { 1 } },
+            ram_bytes: config.mem_size_mib << 20,
+            huge_pages: config.huge_pages,
+            log_dirty: config.track_dirty_pages,
+            kvm_capabilities: cpu.as_ref().map(|cpu| cpu.kvm_capabilities.clone()).unwrap_or_default(),
+        }
+    }
 }
 
 /// See the module.
 pub struct Shell {
+    /// What the host's KVM can do.
+    pub kvm: Kvm,
     /// vCPU descriptors; their threads start with the machine.
     pub vcpu_fds: Vec<kvm_ioctls::VcpuFd>,
     /// Everything outside RAM.
@@ -72,34 +88,21 @@ impl Shell {
     /// Builds it, in the order that KVM does fastest (see [`crate::kvm`]). `devices` makes the
     /// virtio devices once RAM exists.
     pub fn new(
-        layout: Layout,
+        layout: &Layout,
         devices: impl FnOnce() -> Result<Vec<Device>, Error>,
         boot_timer: Option<BootTimer>,
     ) -> Result<Self, Error> {
-        let kvm = Kvm::open(&layout.cpu.kvm_capabilities)?;
+        let kvm = Kvm::open(&layout.kvm_capabilities)?;
         let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
         let devices = devices()?;
         let windows = Windows::new(devices.len());
         // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
         // drops them after it.
-        let vm = Arc::new(unsafe { Vm::new(&kvm, &ram, windows.slot()) }?);
-        let vcpu_fds = (0..layout.topology.vcpus)
-            .map(|id| {
-                let fd = vm.create_vcpu(id)?;
-                let mut cpuid = cpuid::for_vcpu(kvm.supported_cpuid(), layout.topology, id)?;
-                cpuid::modify(&mut cpuid, &layout.cpu.cpuid_modifiers)?;
-                // CPUID first: it decides which MSRs there are.
-                fd.set_cpuid2(&cpuid).map_err(kvm::ioctl("KVM_SET_CPUID2"))?;
-                msrs::set_boot_msrs(&fd)?;
-                msrs::modify(&fd, &layout.cpu.msr_modifiers)?;
-                regs::set_fpu(&fd)?;
-                regs::set_lint(&fd)?;
-                Ok(fd)
-            })
-            .collect::<Result<_, kvm::Error>>()?;
+        let vm = Arc::new(unsafe { Vm::new(&kvm, &ram, layout.log_dirty, windows.slot()) }?);
+        let vcpu_fds = (0..layout.topology.vcpus).map(|id| vm.create_vcpu(id)).collect::<Result<_, _>>()?;
         kvm::install_kick_handler();
         let bus = wire(&vm, &ram, &windows, devices, boot_timer)?;
-        Ok(Self { vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
+        Ok(Self { kvm, vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
     }
 }
 

@@ -21,7 +21,7 @@ use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Cidr};
 
 use super::endpoint::MAX_FRAME;
 use super::frames::{self, MAC, PORT};
-use super::{Mmds, http, token};
+use super::{Mmds, http};
 use crate::metrics::METRICS;
 
 /// Most connections at once.
@@ -67,7 +67,7 @@ impl Stack {
     pub fn new(address: Ipv4Addr, now: Duration) -> Self {
         let mut config = Config::new(EthernetAddress(MAC).into());
         // Initial sequence numbers; a guest that guesses them deceives itself.
-        config.random_seed = token::random_key().map(u128::from_ne_bytes).unwrap_or_default() as u64;
+        config.random_seed = crate::random::bytes().map(u128::from_ne_bytes).unwrap_or_default() as u64;
         let mut nowhere = Wire { received: None, replies: &mut VecDeque::new(), buffer: None, written: None };
         let mut interface = Interface::new(config, &mut nowhere, instant(now));
         // Whatever addresses the guest has, they are on this link.

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use siphasher::sip128::{Hasher128, SipHasher24};
 
+use crate::random;
+
 /// Shortest and longest life of a token in seconds.
 pub const TTL_SECONDS: std::ops::RangeInclusive<u32> = 1..=21_600;
 
@@ -55,7 +57,7 @@ impl Tokens {
         }
         let key = match self.key {
             Some(key) => key,
-            None => *self.key.insert(random_key().map_err(TokenError::Key)?),
+            None => *self.key.insert(random::bytes().map_err(TokenError::Key)?),
         };
         self.issued = self.issued.wrapping_add(1);
         let expires = milliseconds(now.saturating_add(Duration::from_secs(ttl.into())));
@@ -87,18 +89,6 @@ fn sign(key: [u8; 16], expires: u64, serial: u64) -> u128 {
 
 fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Bytes nobody can guess.
-pub(super) fn random_key() -> io::Result<[u8; 16]> {
-    let mut key = [0; 16];
-    // SAFETY: `key` is writable for its length.
-    let count = unsafe { libc::getrandom(key.as_mut_ptr().cast(), key.len(), 0) };
-    match usize::try_from(count) {
-        Ok(count) if count == key.len() => Ok(key),
-        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

@@ -221,7 +221,7 @@ impl Guest {
         if let Some(job) = job.as_ref().filter(|_| self.unprivileged) {
             fs::set_permissions(job.path(), Permissions::from_mode(0o666)).unwrap();
         }
-        MicroVm { vesicle, serial, seen: 0, job, log, guest: self }
+        MicroVm { vesicle, serial, seen: 0, job, log, guest: self, before: None }
     }
 
     /// Everything configured, not started.
@@ -278,6 +278,8 @@ pub struct MicroVm {
     job: Option<Job>,
     log: PathBuf,
     guest: Guest,
+    /// Whose guest this is, with the files it lives on.
+    before: Option<Box<MicroVm>>,
 }
 
 impl MicroVm {
@@ -421,6 +423,27 @@ impl MicroVm {
     /// Waits for the VMM's end.
     pub fn wait_exit(&mut self) -> ExitStatus {
         self.vesicle.wait_timeout(PATIENCE).unwrap().expect("the VMM should have ended by now")
+    }
+
+    /// Another VMM with nothing configured, for the same guest: its files and job are this one's, and commands go on
+    /// where they were. This one must have ended.
+    pub fn successor(mut self) -> Self {
+        let guest = Guest {
+            dir: tempfile::tempdir().unwrap(),
+            job: None,
+            kernel: self.guest.kernel.clone(),
+            initramfs: self.guest.initramfs.clone(),
+            boot_args: self.guest.boot_args.clone(),
+            drives: self.guest.drives.clone(),
+            arguments: self.guest.arguments.clone(),
+            interfaces: self.guest.interfaces.clone(),
+            passed: Vec::new(),
+            ..self.guest
+        };
+        let mut vm = guest.launch();
+        vm.job = self.job.take();
+        vm.before = Some(Box::new(self));
+        vm
     }
 
     /// Waits for the VMM's end and takes the exit status of the job.

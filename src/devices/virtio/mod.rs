@@ -16,6 +16,7 @@ mod mmio;
 pub mod net;
 mod queue;
 pub mod rate_limiter;
+pub mod state;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use mmio::{ConfigChange, VirtioMmio};
 pub use net::Net;
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;
+pub use state::{Position, StateError, VirtioState};
 pub use vsock::Vsock;
 pub use window::{Window, Windows};
 
@@ -77,6 +79,11 @@ impl Interrupt {
     /// InterruptStatus.
     pub fn status(&self) -> u32 {
         self.word().load(Ordering::SeqCst)
+    }
+
+    /// Sets InterruptStatus to what it was in a snapshot, without an interrupt.
+    fn restore(&self, status: u32) {
+        self.word().store(status & (INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG_CHANGE), Ordering::SeqCst);
     }
 
     /// InterruptACK.
@@ -219,6 +226,12 @@ pub trait VirtioDevice {
     fn sources(&self) -> Vec<Source>;
     /// Waits until nothing is in flight and the guest has been told.
     fn quiesce(&mut self);
+    /// How far the queues have got, in device order, without what is only reserved; nothing while the
+    /// device is not active. Called while it is quiet.
+    fn positions(&self) -> Vec<Position>;
+    /// After the activation for a guest that comes out of a snapshot: what the host's side of the
+    /// device knew of it is lost, and the guest is told if it has to know.
+    fn on_restored(&mut self);
     /// Counts a violation among the device's metrics.
     fn count_violation(&self);
 }
@@ -279,6 +292,14 @@ impl VirtioDevice for Device {
 
     fn quiesce(&mut self) {
         each!(self, device => device.quiesce())
+    }
+
+    fn positions(&self) -> Vec<Position> {
+        each!(self, device => device.positions())
+    }
+
+    fn on_restored(&mut self) {
+        each!(self, device => device.on_restored())
     }
 
     fn count_violation(&self) {

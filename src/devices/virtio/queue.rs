@@ -21,7 +21,7 @@ use virtio_bindings::virtio_ring::{
 use virtio_queue::QueueState;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Buffers, INTERRUPT_USED_BUFFER, Interrupt, Violation};
+use super::{Buffers, INTERRUPT_USED_BUFFER, Interrupt, Position, Violation};
 use crate::memory::GuestMemory;
 
 const DESCRIPTOR_SIZE: u64 = 16;
@@ -161,6 +161,11 @@ impl Virtqueue {
         self.next_available -= 1;
     }
 
+    /// How far it has got, with the last `reserved` chains put back that were taken and not used.
+    pub fn position(&self, reserved: u16) -> Position {
+        Position { next_available: (self.next_available - Wrapping(reserved)).0, next_used: self.next_used.0 }
+    }
+
     /// How many chains it can hold.
     pub fn size(&self) -> u16 {
         self.size
@@ -248,6 +253,18 @@ impl Virtqueue {
         self.used(2 + 4 * usize::from(self.size)).store(self.next_available.0.to_le(), Ordering::Relaxed);
         fence(Ordering::SeqCst);
         self.read_index()
+    }
+
+    /// The driver's index into the available ring. It will notify when it moves it on, whatever of the
+    /// ring was taken.
+    pub fn await_more(&mut self) -> Result<u16, Violation> {
+        self.read_index()?;
+        if self.event_idx {
+            self.used(2 + 4 * usize::from(self.size)).store(self.end_available.0.to_le(), Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            self.read_index()?;
+        }
+        Ok(self.end_available.0)
     }
 
     fn read_index(&mut self) -> Result<bool, Violation> {

@@ -3,3 +3,4 @@
 pub mod cpuid;
 pub mod msrs;
 pub mod regs;
+pub mod state;

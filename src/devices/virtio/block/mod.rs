@@ -23,7 +23,7 @@ use self::request::{
     Kind as RequestKind, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, Request,
     Rules, Status, Step,
 };
-use super::{Activation, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use super::{Activation, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
 use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterUpdate};
 use crate::{metrics, warn_limited};
 
@@ -379,6 +379,13 @@ impl VirtioDevice for Block {
         }
         self.announce();
     }
+
+    fn positions(&self) -> Vec<Position> {
+        self.active.iter().map(|active| active.queue.position(0)).collect()
+    }
+
+    /// The disk is all there is, and it is the same or the guest hears of its new size.
+    fn on_restored(&mut self) {}
 
     fn count_violation(&self) {
         self.metrics.needs_reset.inc();

@@ -31,7 +31,7 @@ use self::rx::Receiver;
 use self::service::Service;
 pub use self::tap::{Error as TapError, Tap};
 use self::tx::Transmitter;
-use super::{Activation, Kind, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use super::{Activation, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
 use crate::config::{NetConfig, NetUpdate};
 use crate::mmds::Endpoint;
 use crate::{metrics, warn_limited};
@@ -295,6 +295,13 @@ impl VirtioDevice for Net {
 
     /// Nothing is ever in flight: a frame is with the guest or with the TAP.
     fn quiesce(&mut self) {}
+
+    fn positions(&self) -> Vec<Position> {
+        self.active.iter().flat_map(|active| [active.rx.position(), active.tx.position()]).collect()
+    }
+
+    /// Frames get lost on any network.
+    fn on_restored(&mut self) {}
 
     fn count_violation(&self) {
         self.metrics.needs_reset.inc();

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::{Budget, HEADER_SIZE, MAX_FRAME, Service, Tap};
-use crate::devices::virtio::{Buffers, IoVecs, Progress, RateLimiter, Violation, Virtqueue};
+use crate::devices::virtio::{Buffers, IoVecs, Position, Progress, RateLimiter, Violation, Virtqueue};
 use crate::{metrics, warn_limited};
 
 /// Most buffers in one call of readv(2), the spill among them (`UIO_MAXIOV`).
@@ -70,6 +70,12 @@ impl Receiver {
             readable: true,
             buffers: Buffers::default(),
         }
+    }
+
+    /// How far the queue has got, without the chains that are reserved.
+    pub fn position(&self) -> Position {
+        // No more than the queue is long.
+        self.queue.position(self.chains.len() as u16)
     }
 
     /// The TAP has something to read.

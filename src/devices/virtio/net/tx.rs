@@ -1,7 +1,7 @@
 //! From the guest to the TAP (virtio 1.2 §5.1.6.2).
 
 use super::{Budget, HEADER_SIZE, MAX_FRAME, Service, Tap};
-use crate::devices::virtio::{Buffers, Progress, RateLimiter, Violation, Virtqueue};
+use crate::devices::virtio::{Buffers, Position, Progress, RateLimiter, Violation, Virtqueue};
 use crate::{metrics, warn_limited};
 
 /// The transmit queue.
@@ -15,6 +15,11 @@ impl Transmitter {
     /// Sends from `queue`.
     pub fn new(queue: Virtqueue) -> Self {
         Self { queue, frame: Buffers::default() }
+    }
+
+    /// How far the queue has got.
+    pub fn position(&self) -> Position {
+        self.queue.position(0)
     }
 
     /// Sends until there is nothing left, the limits are reached, which the timer ends, or the

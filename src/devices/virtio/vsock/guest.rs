@@ -4,7 +4,7 @@ use std::io;
 
 use super::muxer::{Link, Muxer};
 use super::packet::{Credit, Done, HEADER_SIZE, Op, Packet, header};
-use crate::devices::virtio::{Buffers, IoVecs, Progress, Violation, Virtqueue};
+use crate::devices::virtio::{Buffers, IoVecs, Position, Progress, Violation, Virtqueue};
 use crate::metrics::METRICS;
 
 /// Packets taken from the guest before other devices run.
@@ -18,6 +18,10 @@ const TURN: usize = 32;
 pub struct Queues {
     rx: Virtqueue,
     tx: Virtqueue,
+    event: Virtqueue,
+    /// The guest is to be told that its connections are gone, and until it has heard of it nothing
+    /// may reach it: it would take new data for that of old connections.
+    reset: Reset,
     packet: Buffers,
     /// Buffers of the guest that are being filled.
     chains: Vec<Chain>,
@@ -32,6 +36,21 @@ struct Chain {
     buffers: Buffers,
 }
 
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§5.10.6.7): a `le32`.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
+
+/// How far the news of a reset has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reset {
+    /// There is none.
+    None,
+    /// It waits for a buffer.
+    Due,
+    /// It was sent when the driver's index was this. The driver moves it on when it gives the buffer
+    /// back, having read the news.
+    Sent(u16),
+}
+
 /// Whether the guest had room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Room {
@@ -41,12 +60,52 @@ enum Room {
 }
 
 impl Queues {
-    /// Of the queues rx, tx and event; the last is not used.
+    /// Of the queues rx, tx and event.
     pub fn new(queues: Vec<Virtqueue>) -> Option<Self> {
-        let mut queues = queues.into_iter();
-        let (rx, tx) = (queues.next()?, queues.next()?);
-        let (packet, chains, payload) = (Buffers::default(), Vec::new(), IoVecs::default());
-        Some(Self { rx, tx, packet, chains, payload, announced: false })
+        let [rx, tx, event] = queues.try_into().ok()?;
+        Some(Self {
+            rx,
+            tx,
+            event,
+            reset: Reset::None,
+            packet: Buffers::default(),
+            chains: Vec::new(),
+            payload: IoVecs::default(),
+            announced: false,
+        })
+    }
+
+    /// How far the queues have got.
+    pub fn positions(&self) -> [Position; 3] {
+        [self.rx.position(0), self.tx.position(0), self.event.position(0)]
+    }
+
+    /// The guest's connections are gone: it is told before anything else is.
+    pub fn reset_transport(&mut self) {
+        self.reset = Reset::Due;
+    }
+
+    /// Whether the guest knows of the last reset of the transport, which it is told here.
+    pub fn knows_of_reset(&mut self) -> Result<bool, Violation> {
+        match self.reset {
+            Reset::None => return Ok(true),
+            Reset::Sent(index) if self.event.await_more()? == index => return Ok(false),
+            Reset::Sent(_) => {
+                self.reset = Reset::None;
+                return Ok(true);
+            }
+            Reset::Due => {}
+        }
+        let Some(head) = self.event.pop(&mut self.packet)? else { return Ok(false) };
+        if self.packet.writable.len() < TRANSPORT_RESET.len() as u64 {
+            return Err(Violation::Packet(head));
+        }
+        self.reset = Reset::Sent(self.event.await_more()?);
+        // SAFETY: the buffers are fresh from the queue, which keeps the memory.
+        unsafe { self.packet.writable.write(&TRANSPORT_RESET) };
+        self.event.add_used(head, TRANSPORT_RESET.len() as u32);
+        self.event.announce();
+        Ok(false)
     }
 
     /// Handles packets from the guest until there is none, the batch is full, or too much is owed to it.

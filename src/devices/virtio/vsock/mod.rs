@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Data moves between Unix socket and guest memory without a copy in between; only what a peer does not take
-//! at once is kept here, within the credit that the guest was given. The event queue stays empty: there is nothing
-//! to report to a guest that is never moved.
+//! at once is kept here, within the credit that the guest was given. Connections do not live on in a snapshot: a guest that
+//! comes out of one is told on the event queue that they are gone, and nothing reaches it before it has read that.
 //!
 //! System calls after the start: `epoll_wait`, `epoll_ctl`, `accept4`, `recvfrom`, `recvmsg`, `sendmsg`, `socket`,
 //! `connect`, `shutdown`, `close`, `timerfd_settime`, and `clock_gettime` where the vDSO has none.
@@ -31,7 +31,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::guest::Queues;
 use self::muxer::Muxer;
-use super::{Activation, KICK, Kind, Progress, Source, Violation, VirtioDevice};
+use super::{Activation, KICK, Kind, Position, Progress, Source, Violation, VirtioDevice};
 use crate::config::VsockConfig;
 use crate::metrics::METRICS;
 
@@ -94,11 +94,17 @@ impl Vsock {
         if tag == HOST || self.unpolled {
             self.unpolled = muxer.poll();
         }
-        let mut progress = if self.unpolled { Progress::More } else { Progress::Idle };
+        let mut progress = Progress::Idle;
         if tag == KICK {
             METRICS.vsock.queue_event_count.inc();
-            let taken = queues.take_packets(muxer, guest)?;
-            progress = progress.max(taken);
+            progress = queues.take_packets(muxer, guest)?;
+        }
+        if !queues.knows_of_reset()? {
+            queues.announce(false);
+            return Ok(progress);
+        }
+        if self.unpolled {
+            progress = Progress::More;
         }
         let held_back = !muxer.takes_packets();
         let sent = queues.send_packets(muxer, guest)?;
@@ -178,8 +184,23 @@ impl VirtioDevice for Vsock {
         vec![Source { tag: HOST, fd: self.muxer.as_raw_fd() }, Source { tag: LATER, fd: self.timer.as_raw_fd() }]
     }
 
-    /// Nothing is ever in flight: what an event has begun is done when it returns.
-    fn quiesce(&mut self) {}
+    /// Nothing is ever in flight: what an event has begun is done when it returns. What the guest was
+    /// not told yet it is told now, for a snapshot does not know of it.
+    fn quiesce(&mut self) {
+        if let Some(queues) = &mut self.active {
+            queues.announce(false);
+        }
+    }
+
+    fn positions(&self) -> Vec<Position> {
+        self.active.iter().flat_map(Queues::positions).collect()
+    }
+
+    fn on_restored(&mut self) {
+        if let Some(queues) = &mut self.active {
+            queues.reset_transport();
+        }
+    }
 
     fn count_violation(&self) {
         METRICS.vsock.needs_reset.inc();

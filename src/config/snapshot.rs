@@ -1,0 +1,84 @@
+//! Requests that make and load snapshots.
+
+use std::path::PathBuf;
+
+use super::{ConfigError, HostDevice, HugePages, check_path, check_resource_id};
+
+/// What a memory file is to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SnapshotKind {
+    /// Everything: it can be loaded by itself.
+    #[default]
+    Full,
+    /// What changed since the microVM was loaded, or everything if it was booted.
+    Diff,
+}
+
+/// PUT /snapshot/create.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotCreate {
+    /// The state file.
+    pub snapshot_path: PathBuf,
+    /// The memory file.
+    pub mem_file_path: PathBuf,
+    /// What it is to hold.
+    pub kind: SnapshotKind,
+}
+
+impl SnapshotCreate {
+    /// The same if it is legal; the files are not looked at.
+    ///
+    /// # Errors
+    /// A path is empty, or both are the same.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        check_path("snapshot_path", &self.snapshot_path)?;
+        check_path("mem_file_path", &self.mem_file_path)?;
+        if self.snapshot_path == self.mem_file_path {
+            return Err(ConfigError::SnapshotOneFile(self.snapshot_path));
+        }
+        Ok(self)
+    }
+}
+
+/// PUT /snapshot/load.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotLoad {
+    /// The state file.
+    pub snapshot_path: PathBuf,
+    /// The memory file.
+    pub mem_file_path: PathBuf,
+    /// Run at once.
+    pub resume_vm: bool,
+    /// Keep a record of the pages the guest writes.
+    pub track_dirty_pages: bool,
+    /// Other TAPs, by `iface_id`.
+    pub network_overrides: Vec<(String, HostDevice)>,
+    /// Other drive files, by `drive_id`.
+    pub drive_overrides: Vec<(String, PathBuf)>,
+    /// Another path for the vsock device.
+    pub vsock_override: Option<PathBuf>,
+    /// The guest's clock catches up with the time that went by.
+    pub clock_realtime: bool,
+    /// Other backing of guest RAM than the snapshot's.
+    pub huge_pages: Option<HugePages>,
+}
+
+impl SnapshotLoad {
+    /// The same if it is legal; the files are not looked at.
+    ///
+    /// # Errors
+    /// A path is empty, or an id is none.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        check_path("snapshot_path", &self.snapshot_path)?;
+        check_path("mem_file_path", &self.mem_file_path)?;
+        for (id, _) in &self.network_overrides {
+            check_resource_id("iface_id", id)?;
+        }
+        for (id, path) in &self.drive_overrides {
+            check_resource_id("drive_id", id)?;
+            check_path("path_on_host", path)?;
+        }
+        self.vsock_override.as_deref().map_or(Ok(()), |path| check_path("uds_path", path))?;
+        Ok(self)
+    }
+}

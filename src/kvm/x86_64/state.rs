@@ -1,0 +1,209 @@
+//! What KVM holds of a VM and of its vCPUs: taken out for a snapshot, put back by a load.
+//!
+//! The order of putting back is KVM's: CPUID decides which MSRs there are; the local APIC must be in
+//! its timer mode before a deadline means something, and the TSC must run before a deadline is
+//! compared with it; pending events come last, when nothing can clear them any more.
+
+use kvm_bindings::{
+    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use crate::kvm::{Error, ioctl};
+
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// KVM takes no more MSRs in one call.
+const MSRS_AT_ONCE: usize = 256;
+/// A host clock this close, in millionths, needs no scaling: the guest's own error is larger.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// A vCPU that is not in the guest, with its last exit completed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// In the order in which they are to be set.
+    msrs: Vec<(u32, u64)>,
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Box<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    tsc_khz: u32,
+}
+
+/// Interrupt controllers, timer and clock.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmState {
+    irqchips: Vec<kvm_irqchip>,
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+}
+
+const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+impl VmState {
+    /// Reads it while no vCPU runs.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+        let irqchips = IRQCHIPS.map(|chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map(|()| chip).map_err(ioctl("KVM_GET_IRQCHIP"))
+        });
+        Ok(Self {
+            irqchips: irqchips.into_iter().collect::<Result<_, _>>()?,
+            pit: vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?,
+            clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?,
+        })
+    }
+
+    /// Puts it back. The guest's clock goes on from where it stood; with `realtime` it jumps ahead
+    /// by the time that went by outside, if the host that saved it knew the time of day.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore(&self, vm: &VmFd, realtime: bool) -> Result<(), Error> {
+        vm.set_pit2(&self.pit).map_err(ioctl("KVM_SET_PIT2"))?;
+        let mut clock = self.clock;
+        clock.flags &= if realtime { KVM_CLOCK_REALTIME } else { 0 };
+        vm.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))?;
+        for (chip, chip_id) in self.irqchips.iter().zip(IRQCHIPS) {
+            // The chip is named by its place: what the file says could name another kind of state.
+            let chip = kvm_irqchip { chip_id, ..*chip };
+            vm.set_irqchip(&chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
+        }
+        Ok(())
+    }
+}
+
+impl VcpuState {
+    /// Reads it. `msrs` are the indices that this KVM saves.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, Error> {
+        // First, since reading it makes KVM take pending INIT and SIPI into account.
+        let mp_state = vcpu.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))?;
+        Ok(Self {
+            mp_state,
+            regs: vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
+            sregs: vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
+            xsave: Box::new(vcpu.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?),
+            xcrs: vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?,
+            debug_regs: vcpu.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+            lapic: vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?,
+            tsc_khz: vcpu.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?,
+            cpuid: vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_CPUID2"))?.as_slice().to_vec(),
+            msrs: read_msrs(vcpu, msrs)?,
+            events: vcpu.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Puts it into a vCPU that has not run yet, or is parked.
+    ///
+    /// # Errors
+    /// KVM refuses: the state is not one that this host's CPU can be in.
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| Error::TooMany("the CPUID list"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+        self.match_tsc(vcpu)?;
+        vcpu.set_mp_state(self.mp_state).map_err(ioctl("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs).map_err(ioctl("KVM_SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs).map_err(ioctl("KVM_SET_SREGS"))?;
+        // SAFETY: no dynamic extended feature was asked for with arch_prctl(2), so the state that
+        // KVM reads is no larger than `kvm_xsave`.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(ioctl("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
+        write_msrs(vcpu, &self.msrs)?;
+        vcpu.set_vcpu_events(&self.events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// CPU maker and signature as the guest was shown them (CPUID leaves 0 and 1).
+    pub fn cpu(&self) -> [u32; 4] {
+        let leaf = |function| self.cpuid.iter().find(|entry| entry.function == function);
+        let (maker, signature) = (leaf(0), leaf(1));
+        [
+            maker.map_or(0, |leaf| leaf.ebx),
+            maker.map_or(0, |leaf| leaf.edx),
+            maker.map_or(0, |leaf| leaf.ecx),
+            signature.map_or(0, |leaf| leaf.eax),
+        ]
+    }
+
+    /// The guest's TSC goes on at the rate it knows.
+    fn match_tsc(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let here = u64::from(vcpu.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?);
+        if here.abs_diff(self.tsc_khz.into()) * 1_000_000 <= here * TSC_TOLERANCE_PPM {
+            return Ok(());
+        }
+        vcpu.set_tsc_khz(self.tsc_khz).map_err(ioctl("KVM_SET_TSC_KHZ"))
+    }
+}
+
+/// CPU maker and signature of this host, as [`VcpuState::cpu`] has them.
+pub fn host_cpu() -> [u32; 4] {
+    use std::arch::x86_64::__cpuid;
+    let maker = __cpuid(0);
+    [maker.ebx, maker.edx, maker.ecx, __cpuid(1).eax]
+}
+
+/// Reads what can be read of `indices`, the TSC before the deadline that is compared with it.
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
+    let mut found = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
+        let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Error::TooMany("the MSR list"))?;
+        // KVM stops at the first MSR that it lists but this vCPU does not have.
+        let count = vcpu.get_msrs(&mut msrs).map_err(ioctl("KVM_GET_MSRS"))?;
+        found.extend(msrs.as_slice()[..count].iter().map(|msr| (msr.index, msr.data)));
+        let skipped = usize::from(count < chunk.len());
+        rest = &rest[count + skipped..];
+    }
+    let tsc = found.iter().find(|(index, _)| *index == IA32_TSC).map_or(0, |(_, tsc)| *tsc);
+    for (index, value) in &mut found {
+        // A deadline that has just passed reads as 0, and setting 0 would switch the timer off: let
+        // it pass again at once.
+        if *index == IA32_TSC_DEADLINE && *value == 0 {
+            *value = tsc;
+        }
+    }
+    found.sort_by_key(|(index, _)| match *index {
+        IA32_TSC => 0,
+        IA32_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    Ok(found)
+}
+
+/// Sets `msrs`. One that KVM refuses is no error if it has that value anyway: some can only be read.
+fn write_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Error> {
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
+        let entries: Vec<_> =
+            chunk.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let entries = Msrs::from_entries(&entries).map_err(|_| Error::TooMany("the MSR list"))?;
+        let count = vcpu.set_msrs(&entries).map_err(ioctl("KVM_SET_MSRS"))?;
+        let Some(&(index, value)) = chunk.get(count) else {
+            rest = &rest[count..];
+            continue;
+        };
+        if read_msrs(vcpu, &[index])? != [(index, value)] {
+            return Err(Error::Msr(index));
+        }
+        rest = &rest[count + 1..];
+    }
+    Ok(())
+}
