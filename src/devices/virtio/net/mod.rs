@@ -47,7 +47,7 @@ const MAX_FRAMES_PER_WAKE: usize = 128;
 /// See [`MAX_FRAMES_PER_WAKE`].
 const MAX_BYTES_PER_WAKE: usize = 4 << 20;
 
-/// A wake that moves so many bytes is probably not the last of its kind.
+/// A wake that moves so many bytes to the guest is probably not the last of its kind.
 const STREAM: usize = 32 << 10;
 
 /// Source tags.
@@ -124,7 +124,7 @@ pub struct Net {
     /// Metadata, for guests that may have it through this interface.
     service: Option<Box<Service>>,
     active: Option<Active>,
-    /// The last wake moved [`STREAM`].
+    /// The last wake moved [`STREAM`] to the guest.
     streaming: bool,
     /// What to say at the next event, because activation cannot.
     failed: Option<Violation>,
@@ -205,7 +205,7 @@ impl Net {
         let (mut out, mut back) = (Budget::default(), Budget::default());
         let sent = tx.run(&self.tap, service.as_deref_mut(), &mut self.tx_limiter, &self.metrics, &mut out);
         let received = rx.run(&self.tap, service.as_deref_mut(), &mut self.rx_limiter, &self.metrics, &mut back);
-        self.streaming = out.bytes + back.bytes >= STREAM;
+        self.streaming = back.bytes >= STREAM;
         if let Some(service) = service {
             service.set_timer();
         }
