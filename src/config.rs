@@ -17,7 +17,7 @@ pub use cpu::{BitMap, Capability, CpuConfig, CpuidModifier, CpuidRegister, MsrMo
 pub use error::ConfigError;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
-pub use snapshot::{SnapshotCreate, SnapshotKind, SnapshotLoad};
+pub use snapshot::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset};
 pub use vsock::{GuestCid, VsockConfig};
 
 /// Whether `id` may name a resource: `[A-Za-z0-9_]+`.

@@ -16,7 +16,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
     BootSource, ConfigError, CpuConfig, DriveConfig, DriveUpdate, HugePages, LoggerConfig, MachineConfig,
-    MetricsConfig, MmdsConfig, NetConfig, NetUpdate, SerialConfig, SnapshotCreate, SnapshotLoad, VmConfig, VsockConfig,
+    MetricsConfig, MmdsConfig, NetConfig, NetUpdate, SerialConfig, SnapshotCreate, SnapshotLoad, SnapshotReset,
+    VmConfig, VsockConfig,
 };
 
 /// Where the microVM is in its life.
@@ -73,6 +74,8 @@ pub enum Command {
     CreateSnapshot(SnapshotCreate),
     /// Become the microVM of a snapshot.
     LoadSnapshot(Box<SnapshotLoad>),
+    /// Go back to the snapshot that was loaded, in place.
+    Reset(SnapshotReset),
     /// Build the machine and run it.
     Start,
     /// Write the metrics now.
@@ -117,6 +120,7 @@ impl Command {
             | Self::FlushMetrics
             | Self::SendCtrlAltDel
             | Self::CreateSnapshot(_)
+            | Self::Reset(_)
             | Self::Pause
             | Self::Resume
                 if configuring =>
@@ -307,6 +311,7 @@ mod tests {
             (Command::Start, "B"),
             (Command::UpdateDrive(drive_update), "A"),
             (Command::UpdateNetworkInterface(interface_update), "A"),
+            (Command::Reset(SnapshotReset { resume_vm: true, keep_drive_writes: false }), "A"),
             (Command::FlushMetrics, "A"),
             (Command::SendCtrlAltDel, "A"),
             (Command::Pause, "A"),

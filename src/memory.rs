@@ -33,6 +33,11 @@ pub const MIB: u64 = 1 << 20;
 pub const MMIO_GAP_START: u64 = 0xC000_0000;
 /// Where RAM goes on.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+/// Sixteen bytes in the BIOS area that are others in every microVM that comes out of a snapshot (VM
+/// generation ID, Microsoft 2012); the guest is told of their change by [`VM_GENERATION_IRQ`].
+pub const VM_GENERATION_ID: u64 = 0xF_F000;
+/// The I/O APIC pin that says that the generation changed: free since there is no second serial port.
+pub const VM_GENERATION_IRQ: u32 = 3;
 /// The byte a guest writes to say that it has booted.
 pub const BOOT_TIMER: u64 = MMIO_GAP_START;
 /// The window of the first virtio-mmio device.

@@ -69,3 +69,120 @@ fn a_guest_goes_on_in_another_process() {
         vm.shut_down();
     }
 }
+
+/// Random bytes that a guest draws.
+fn draws(vm: &mut MicroVm) -> String {
+    vm.ok("head -c 16 /dev/urandom | od -An -tx1")
+}
+
+#[test]
+fn two_clones_of_one_snapshot_draw_different_random_numbers() {
+    for guest in [Guest::tuned(), Guest::debian("6.12")] {
+        let mut vm = guest.boot();
+        draws(&mut vm);
+        let snapshot = Snapshot::of(&vm);
+        vm.kill();
+        let mut first = vm.successor();
+        first.put("/snapshot/load", &snapshot.load());
+        let drawn = draws(&mut first);
+        first.kill();
+        let mut second = first.successor();
+        second.put("/snapshot/load", &snapshot.load());
+        assert_ne!(draws(&mut second), drawn);
+        assert_ne!(second.run("dmesg | grep -i 'crng reseeded'").0, "");
+        second.shut_down();
+    }
+}
+
+#[test]
+fn what_cannot_be_loaded_is_refused_with_a_reason_and_ends_the_process() {
+    let mut vm = Guest::tuned().boot();
+    let snapshot = Snapshot::of(&vm);
+    // A running microVM's memory is not saved, and a snapshot is loaded into a fresh process only.
+    assert!(vm.refused_put("/snapshot/load", &snapshot.load()).contains("after starting"));
+    vm.resume();
+    assert!(vm.refused_put("/snapshot/create", &snapshot.create("Full")).contains("pause it"));
+    vm.kill();
+    let state = fs::read(&snapshot.state).unwrap();
+    let damaged = |at: usize| {
+        let mut state = state.clone();
+        state[at] ^= 1;
+        state
+    };
+    let loads = [
+        (damaged(0), "not a snapshot's state file"),
+        (damaged(8), "format version"),
+        (damaged(state.len() / 2), "damaged"),
+        (state[..state.len() / 2].to_vec(), "bytes long"),
+        (state.clone(), "belongs to another snapshot"),
+    ];
+    for (content, reason) in loads {
+        fs::write(&snapshot.state, &content).unwrap();
+        if content == state {
+            let memory = fs::File::options().write(true).open(&snapshot.memory).unwrap();
+            let size = memory.metadata().unwrap().len();
+            std::os::unix::fs::FileExt::write_all_at(&memory, &[0xee; 16], size - 16).unwrap();
+        }
+        let mut next = Guest::tuned().no_job().launch();
+        let refusal = next.refused_put("/snapshot/load", &snapshot.load());
+        assert!(refusal.contains(reason), "{refusal}");
+        assert_eq!(next.wait_exit().code(), Some(1));
+    }
+    let configured = Guest::tuned().no_job().configure();
+    assert!(configured.refused_put("/snapshot/load", &snapshot.load()).contains("start another process"));
+}
+
+#[test]
+fn a_diff_merged_into_its_base_is_what_the_guest_is() {
+    let mut vm = Guest::tuned().boot();
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &snapshot.load());
+    vm.ok("dd if=/dev/urandom of=/run/changed bs=1M count=4 2>/dev/null; sha256sum /run/changed >/run/sum");
+    vm.pause();
+    // Not over the file that the guest's memory still is.
+    let refusal = vm.refused_put("/snapshot/create", &snapshot.create("Diff"));
+    assert!(refusal.contains("in use by this microVM"), "{refusal}");
+    assert!(vm.refused_put("/snapshot/create", &snapshot.create("Full")).contains("in use"));
+    let merged = Snapshot::new();
+    fs::copy(&snapshot.memory, &merged.memory).unwrap();
+    vm.put("/snapshot/create", &merged.create("Diff"));
+    let alone = Snapshot::new();
+    vm.put("/snapshot/create", &alone.create("Diff"));
+    assert!(allocated(&alone.memory) < allocated(&snapshot.memory), "a diff holds what changed");
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &merged.load());
+    vm.ok("sha256sum -c /run/sum");
+    vm.shut_down();
+}
+
+#[test]
+fn a_reset_takes_the_guest_back_in_the_same_process() {
+    let mut vm = Guest::tuned().vcpus(2).boot();
+    vm.ok("echo before >/run/note");
+    let refusal = vm.refused_put("/snapshot/reset", &json!({}));
+    assert!(refusal.contains("not loaded from a snapshot"), "{refusal}");
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &snapshot.load());
+    // Its job drive is one that it could have written to.
+    let refusal = vm.refused_put("/snapshot/reset", &json!({}));
+    assert!(refusal.contains("\"job\" is writable"), "{refusal}");
+    let mut drawn = Vec::new();
+    for _ in 0..3 {
+        assert_eq!(vm.ok("cat /run/note; ls /run/dirty 2>&1 | grep -c 'No such'"), "before\n1");
+        drawn.push(draws(&mut vm));
+        vm.ok("dd if=/dev/zero of=/run/dirty bs=1M count=8 2>/dev/null; rm /run/note; sleep 0.1");
+        vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
+    }
+    assert!(drawn[0] != drawn[1] && drawn[1] != drawn[2], "{drawn:?}");
+    vm.pause();
+    vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true, "resume_vm": false }));
+    assert_eq!(vm.get("/")["state"], "Paused");
+    vm.resume();
+    assert_eq!(vm.ok("cat /run/note"), "before");
+    vm.shut_down();
+}

@@ -135,7 +135,7 @@ fn every_schema_is_its_type() {
     let checks = check_all! {
         CpuConfig CpuidLeafModifier CpuidRegisterModifier MsrModifier Error InstanceInfo Version InstanceAction Vm BootSource MachineConfiguration MachineConfigurationUpdate
         Drive PartialDrive NetworkInterface PartialNetworkInterface RateLimiter TokenBucket Vsock SerialDevice Logger Metrics
-        MmdsConfig FullVmConfiguration LifecycleEvent SnapshotCreateParams SnapshotLoadParams MemoryBackend
+        MmdsConfig FullVmConfiguration LifecycleEvent SnapshotCreateParams SnapshotLoadParams SnapshotResetParams MemoryBackend
         NetworkOverride VsockOverride DriveOverride
     };
     for (name, check) in checks {

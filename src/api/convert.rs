@@ -433,3 +433,9 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
         .checked()
     }
 }
+
+impl From<types::SnapshotResetParams> for config::SnapshotReset {
+    fn from(body: types::SnapshotResetParams) -> Self {
+        Self { resume_vm: body.resume_vm, keep_drive_writes: body.keep_drive_writes }
+    }
+}

@@ -621,3 +621,19 @@ pub struct DriveOverride {
     /// Its file.
     pub path_on_host: PathBuf,
 }
+
+/// PUT /snapshot/reset.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotResetParams {
+    /// Run at once.
+    #[serde(default = "yes")]
+    pub resume_vm: bool,
+    /// Leave on the drives what the guest wrote.
+    #[serde(default)]
+    pub keep_drive_writes: bool,
+}
+
+fn yes() -> bool {
+    true
+}

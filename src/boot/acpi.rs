@@ -4,19 +4,23 @@
 //! that a guest would have to probe. Linux then gives I/O APIC pins no fixed interrupt numbers,
 //! so every device with an interrupt is in the DSDT, the serial port and the i8042 too.
 
-use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Path, ResourceTemplate};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, ONE, Package, Path, ResourceTemplate,
+};
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use vm_memory::GuestMemoryError;
 
 use super::{ACPI, ACPI_END, put};
 use crate::config::MAX_VIRTIO_DEVICES;
-use crate::memory::{GuestMemory, IO_APIC, LOCAL_APIC, MmioDevice, VIRTIO_MMIO_SIZE};
+use crate::memory::{
+    GuestMemory, IO_APIC, LOCAL_APIC, MmioDevice, VIRTIO_MMIO_SIZE, VM_GENERATION_ID, VM_GENERATION_IRQ,
+};
 
 const OEM_ID: [u8; 6] = *b"VESICL";
 const OEM_TABLE_ID: [u8; 8] = *b"VESICLE ";
@@ -102,9 +106,47 @@ fn dsdt(devices: &[MmioDevice]) -> Sdt {
         let window = Memory32Fixed::new(true, place.base as u32, VIRTIO_MMIO_SIZE as u32);
         aml.extend(device(&format!("V{index:03}"), &"LNRO0005", index, &[&window, &interrupt(place.irq)]));
     }
+    aml.extend(generation_id());
     let mut dsdt = Sdt::new(*b"DSDT", TABLE_HEADER_LEN, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&aml);
     dsdt
+}
+
+/// The VM generation ID, and the generic event device (§5.6.9) that turns its interrupt into a
+/// notification, since a hardware-reduced platform has no SCI.
+fn generation_id() -> Vec<u8> {
+    let name = |name: &str, value: &dyn Aml| bytes_of(&Name::new(Path::new(name), value));
+    let id = Path::new("\\_SB_.VGEN");
+    let address: [u32; 2] = [VM_GENERATION_ID as u32, (VM_GENERATION_ID >> 32) as u32];
+    let mut aml = bytes_of(&Device::new(
+        Path::new("\\_SB_.VGEN"),
+        vec![
+            &Raw(name("_HID", &"VSCL0001")),
+            &Raw(name("_CID", &"VM_Gen_Counter")),
+            &Raw(name("_DDN", &"VM_Gen_Counter")),
+            &Raw(name("ADDR", &Package::new(vec![&address[0], &address[1]]))),
+        ],
+    ));
+    let notify = Notify::new(&id, &0x80u8);
+    let changed = Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
+    aml.extend(bytes_of(&Device::new(
+        Path::new("\\_SB_.GED_"),
+        vec![
+            &Raw(name("_HID", &"ACPI0013")),
+            &Raw(name("_CRS", &ResourceTemplate::new(vec![&interrupt(VM_GENERATION_IRQ)]))),
+            &changed,
+        ],
+    )));
+    aml
+}
+
+/// AML that is made already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 /// `\_SB.name`, whose memory accesses are coherent as all are here.

@@ -6,8 +6,9 @@
 //!  0x0_1000  GDT                              0x2_0000  command line
 //!  0x0_6000  PVH start info, modules, map     0x9_FC00  MP table (the EBDA, reserved)
 //!  0x0_7000  zero page                        0xE_0000  RSDP and the ACPI tables (reserved)
-//!  0x0_8000  stack, growing down from 0x9000  0xF_FFF0  reset vector (reserved)
-//!  0x0_9000  page tables                      0x10_0000 the kernel may go from here up
+//!  0x0_8000  stack, growing down from 0x9000  0xF_F000  VM generation ID (reserved)
+//!  0x0_9000  page tables                      0xF_FFF0  reset vector (reserved)
+//!                                             0x10_0000 the kernel may go from here up
 //! ```
 
 pub mod acpi;
@@ -44,7 +45,7 @@ pub const EBDA_END: u64 = 0xA_0000;
 /// The BIOS area, where a guest looks for the RSDP (ACPI 6.5 §5.2.5.1). The tables follow it.
 pub const ACPI: u64 = 0xE_0000;
 /// End of the room for the ACPI tables.
-pub const ACPI_END: u64 = RESET_VECTOR;
+pub const ACPI_END: u64 = crate::memory::VM_GENERATION_ID;
 /// Where a processor in real mode begins after a reset.
 pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// End of the BIOS area.
@@ -62,7 +63,7 @@ const fn follows(start: u64, end: u64, next: u64) -> bool {
 }
 
 const _: () = {
-    use crate::memory::PAGE_SIZE;
+    use crate::memory::{PAGE_SIZE, VM_GENERATION_ID};
     assert!(follows(GDT, GDT + PAGE_SIZE, PVH_START_INFO));
     assert!(follows(PVH_START_INFO, PVH_START_INFO + PAGE_SIZE, ZERO_PAGE));
     assert!(follows(ZERO_PAGE, ZERO_PAGE + PAGE_SIZE, STACK_TOP - PAGE_SIZE));
@@ -70,7 +71,8 @@ const _: () = {
     assert!(follows(PAGE_TABLES, PAGE_TABLES + 6 * PAGE_SIZE, CMDLINE));
     assert!(follows(CMDLINE, CMDLINE_END, EBDA));
     assert!(follows(EBDA, EBDA_END, ACPI));
-    assert!(follows(ACPI, ACPI_END, RESET_VECTOR));
+    assert!(follows(ACPI, ACPI_END, VM_GENERATION_ID));
+    assert!(follows(VM_GENERATION_ID, VM_GENERATION_ID + 16, RESET_VECTOR));
     assert!(follows(RESET_VECTOR, RESET_VECTOR + RESET_CODE.len() as u64, BIOS_END));
     assert!(follows(RESET_VECTOR, BIOS_END, HIGH_MEMORY));
 };

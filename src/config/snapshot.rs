@@ -82,3 +82,12 @@ impl SnapshotLoad {
         Ok(self)
     }
 }
+
+/// PUT /snapshot/reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotReset {
+    /// Run at once.
+    pub resume_vm: bool,
+    /// What the guest wrote to its drives since stays there, although its memory knows nothing of it.
+    pub keep_drive_writes: bool,
+}

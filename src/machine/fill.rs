@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use super::Error;
-use super::shell::Shell;
+use super::shell::{Shell, renew_generation_id};
 use crate::boot::{self, EntryKind, Images, cmdline};
 use crate::config::{BootSource, VmConfig};
 use crate::kvm::ioctl;
@@ -28,6 +28,7 @@ pub fn fill(
     let images = Images { kernel, initrd, mapping, entry: EntryKind::Auto };
     let vcpus = u8::try_from(shell.vcpu_fds.len()).unwrap_or(u8::MAX);
     let entry = boot::fill(&shell.ram, &images, &cmdline, vcpus, &devices)?;
+    renew_generation_id(&shell.ram)?;
     let changes = config.cpu.clone().unwrap_or_default();
     let supported = shell.kvm.supported_cpuid()?;
     for (id, vcpu) in (0..).zip(&shell.vcpu_fds) {

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvm_ioctls::VcpuFd;
 use serde_json::{Map, Value};
 use tokio::sync::{broadcast, oneshot};
 use vmm_sys_util::eventfd::EventFd;
@@ -18,8 +19,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::console::Console;
 use super::files::Files;
 use super::shell::{Layout, Shell};
+use super::snapshot::{Origin, SnapshotError};
 use super::{Error, chain, devices, fill};
-use crate::config::{MetricsConfig, SnapshotLoad, VmConfig, VsockConfig};
+use crate::config::{MetricsConfig, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
@@ -48,14 +50,16 @@ impl Ending {
         Self { status: 0, reason: reason.to_owned() }
     }
 
-    fn failure(reason: String) -> Self {
+    pub(super) fn failure(reason: String) -> Self {
         Self { status: 1, reason }
     }
 }
 
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
 pub(super) struct Machine {
-    pub(super) vcpus: Vec<Vcpu>,
+    /// Second handles of the vCPUs, made when they are first needed.
+    pub(super) handles: Vec<VcpuFd>,
+    vcpus: Vec<Vcpu>,
     vcpu_event: Arc<EventFd>,
     pub(super) bus: Arc<Bus>,
     pub(super) console: Console,
@@ -63,6 +67,25 @@ pub(super) struct Machine {
     pub(super) vm: Arc<Vm>,
     pub(super) ram: GuestRam,
     _windows: Windows,
+}
+
+impl Machine {
+    /// Has a handle for each vCPU in `handles`; they are parked.
+    pub(super) fn take_handles(&mut self) -> Result<(), Error> {
+        if self.handles.is_empty() {
+            let take =
+                |(index, vcpu): (usize, &Vcpu)| Ok(vcpu.second_handle(&self.vm)?.ok_or(SnapshotError::Ended(index))?);
+            self.handles = self.vcpus.iter().enumerate().map(take).collect::<Result<_, Error>>()?;
+        }
+        Ok(())
+    }
+}
+
+/// Who waits for the vCPUs to park, and what for.
+struct Parking {
+    /// Back to the snapshot then; a mere pause otherwise.
+    reset: Option<SnapshotReset>,
+    reply: oneshot::Sender<Answer>,
 }
 
 /// The metrics file and when to write it.
@@ -92,12 +115,14 @@ pub struct Vmm {
     metrics: Option<Metrics>,
     /// Watched as long as the vmm thread lives.
     _termination: Termination,
-    /// Who waits for the pause under way.
-    parking: Option<oneshot::Sender<Answer>>,
+    /// What happens when the vCPUs are parked.
+    parking: Option<Parking>,
     /// What arrived during it.
     deferred: VecDeque<Request>,
     /// A failed load ends the process, once its client was told.
-    doom: Option<Ending>,
+    pub(super) doom: Option<Ending>,
+    /// The snapshot that this microVM came from.
+    pub(super) origin: Option<Origin>,
 }
 
 impl Vmm {
@@ -131,6 +156,7 @@ impl Vmm {
             parking: None,
             deferred: VecDeque::new(),
             doom: None,
+            origin: None,
         })
     }
 
@@ -251,7 +277,12 @@ impl Vmm {
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
             Command::CreateSnapshot(request) => self.create_snapshot(&request).map_err(refuse)?,
             Command::LoadSnapshot(request) => self.load(&request)?,
-            Command::Pause => self.park(None),
+            Command::Reset(request) => {
+                self.check_reset(&request)?;
+                self.reset_in_place(&request)?;
+            }
+            // A running one is paused by way of `serve`.
+            Command::Pause => {}
             Command::Resume => self.resume(),
         }
         Ok(Reply::Done)
@@ -274,8 +305,17 @@ impl Vmm {
 
     fn serve(&mut self, request: Request) {
         let Request { command, reply } = request;
-        if matches!(command, Command::Pause) && self.state == Lifecycle::Running {
-            return self.park(Some(reply));
+        if self.state == Lifecycle::Running {
+            match command {
+                Command::Pause => return self.park(Parking { reset: None, reply }),
+                Command::Reset(reset) => {
+                    return match self.check_reset(&reset) {
+                        Ok(()) => self.park(Parking { reset: Some(reset), reply }),
+                        Err(refusal) => _ = reply.send(Err(refusal)),
+                    };
+                }
+                _ => {}
+            }
         }
         // The client may have gone away; what it asked for is done all the same.
         let _ = reply.send(self.execute(command));
@@ -349,7 +389,7 @@ impl Vmm {
             .zip(vcpu_fds)
             .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
             .collect::<Result<_, _>>()?;
-        Ok(Machine { vcpus, vcpu_event, bus, console, kvm, vm, ram, _windows: windows })
+        Ok(Machine { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, _windows: windows })
     }
 
     fn watch_machine(&self, machine: &Machine) -> Result<(), Error> {
@@ -417,12 +457,9 @@ impl Vmm {
         }
     }
 
-    /// Begins a pause; `reply` is answered when it is complete. Idempotent.
-    fn park(&mut self, reply: Option<oneshot::Sender<Answer>>) {
-        if self.state == Lifecycle::Paused {
-            return;
-        }
-        self.parking = reply;
+    /// Has the vCPUs park; the rest follows when they have.
+    fn park(&mut self, parking: Parking) {
+        self.parking = Some(parking);
         for vcpu in self.machine.iter().flat_map(|machine| &machine.vcpus) {
             vcpu.wish(Wish::Park);
         }
@@ -460,12 +497,16 @@ impl Vmm {
                 Run::Exited(None) => return Some(Ending::clean("the vCPUs were stopped")),
             }
         }
-        if parked && let Some(reply) = self.parking.take() {
+        if parked && let Some(Parking { reset, reply }) = self.parking.take() {
             for device in &machine.bus.virtio {
                 device.quiesce();
             }
             self.enter(Lifecycle::Paused, Event::Paused);
-            let _ = reply.send(Ok(Reply::Done));
+            let done = reset.map_or(Ok(()), |request| self.reset_in_place(&request));
+            let _ = reply.send(done.map(|()| Reply::Done));
+            if self.doom.is_some() {
+                return self.doom.take();
+            }
             while self.parking.is_none()
                 && let Some(request) = self.deferred.pop_front()
             {

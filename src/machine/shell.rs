@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
@@ -13,8 +14,9 @@ use crate::devices::serial::{COM1_IRQ, Serial};
 use crate::devices::virtio::{Device, INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
 use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{self, Kvm, Vm};
-use crate::memory::{GuestRam, MmioDevice};
+use crate::memory::{self, GuestRam, MmioDevice, VM_GENERATION_ID};
 use crate::metrics::METRICS;
+use crate::random;
 
 impl kvm::Exits for Bus {
     fn io_in(&self, port: u16, data: &mut [u8]) {
@@ -104,6 +106,32 @@ impl Shell {
         let bus = wire(&vm, &ram, &windows, devices, boot_timer)?;
         Ok(Self { kvm, vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
     }
+}
+
+/// What of a machine has a state, besides its RAM's content.
+pub struct Parts<'a> {
+    /// The vCPUs, none of which runs.
+    pub vcpus: &'a [kvm_ioctls::VcpuFd],
+    /// The devices.
+    pub bus: &'a Bus,
+    /// Interrupt controllers, timer and clock.
+    pub vm: &'a Vm,
+    /// RAM.
+    pub ram: &'a GuestRam,
+}
+
+impl Shell {
+    /// Its parts.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts { vcpus: &self.vcpu_fds, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    }
+}
+
+/// Gives the guest a generation ID that no other has.
+pub fn renew_generation_id(ram: &GuestRam) -> Result<(), Error> {
+    let id = random::bytes().map_err(|source| Error::Event("draw random bytes", source))?;
+    let write = ram.memory().write_slice(&id, GuestAddress(VM_GENERATION_ID));
+    Ok(write.map_err(|_| memory::Error::OutsideRam { gpa: VM_GENERATION_ID, len: id.len() as u64 })?)
 }
 
 /// Connects devices and interrupt controllers.

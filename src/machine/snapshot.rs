@@ -13,18 +13,18 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::lifecycle::{Machine, Vmm, refuse};
-use super::shell::{Layout, Shell};
+use super::lifecycle::{Ending, Machine, Vmm, refuse};
+use super::shell::{Layout, Parts, renew_generation_id};
 use super::{Error, files};
-use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, VmConfig};
+use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::i8042::I8042State;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
+use crate::memory::VM_GENERATION_IRQ;
 use crate::random;
 use crate::snapshot::draft::Draft;
 use crate::snapshot::memory::{self, Pagemap, Pages};
@@ -103,6 +103,15 @@ pub enum SnapshotError {
     /// Something to be overridden that is not there.
     #[error("the snapshot has no {0}, and so none to override")]
     Override(String),
+    /// It was booted.
+    #[error("this microVM was not loaded from a snapshot that it could go back to")]
+    NoOrigin,
+    /// The guest would find what its memory does not know of.
+    #[error(
+        "drive {0:?} is writable: a reset would leave the guest with a disk that its memory does not know; make it \
+         read-only, or set keep_drive_writes"
+    )]
+    WritableDrive(String),
     /// A vCPU has ended.
     #[error("vCPU {0} has ended and has no state")]
     Ended(usize),
@@ -110,16 +119,13 @@ pub enum SnapshotError {
 
 impl State {
     /// The state of a machine whose vCPUs are parked and whose devices are quiet.
-    fn save(machine: &Machine, config: &VmConfig) -> Result<Self, Error> {
+    fn save(machine: &mut Machine, config: &VmConfig) -> Result<Self, Error> {
+        machine.take_handles()?;
         let msrs = machine.kvm.msrs()?;
-        let save = |(index, vcpu): (usize, &crate::kvm::Vcpu)| {
-            let handle = vcpu.second_handle(&machine.vm)?.ok_or(SnapshotError::Ended(index))?;
-            Ok(VcpuState::save(&handle, &msrs)?)
-        };
         Ok(Self {
             cpu: host_cpu(),
             config: config.clone(),
-            vcpus: machine.vcpus.iter().enumerate().map(save).collect::<Result<_, Error>>()?,
+            vcpus: machine.handles.iter().map(|vcpu| VcpuState::save(vcpu, &msrs)).collect::<Result<_, _>>()?,
             vm: machine.vm.save()?,
             serial: machine.bus.serial().save(),
             i8042: machine.bus.i8042().save(),
@@ -127,25 +133,23 @@ impl State {
         })
     }
 
-    /// Puts the state into a shell whose RAM is there already.
-    fn apply(&self, shell: &Shell, realtime: bool) -> Result<(), Error> {
-        same("vCPUs", self.vcpus.len(), shell.vcpu_fds.len())?;
-        same("virtio devices", self.virtio.len(), shell.bus.virtio.len())?;
+    /// Puts the state into a machine whose RAM is there already and whose vCPUs do not run.
+    fn apply(&self, parts: &Parts<'_>, realtime: bool) -> Result<(), Error> {
+        same("vCPUs", self.vcpus.len(), parts.vcpus.len())?;
+        same("virtio devices", self.virtio.len(), parts.bus.virtio.len())?;
         // The interrupt controllers of the VM come first: local APICs refer to them.
-        shell.vm.restore(&self.vm, realtime)?;
-        self.apply_vcpus(&shell.vcpu_fds)?;
-        shell.bus.serial().restore(&self.serial);
-        shell.bus.i8042().restore(&self.i8042);
-        for (index, (device, state)) in shell.bus.virtio.iter().zip(&self.virtio).enumerate() {
-            device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
-        }
-        Ok(())
-    }
-
-    fn apply_vcpus(&self, vcpus: &[VcpuFd]) -> Result<(), Error> {
-        for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
+        parts.vm.restore(&self.vm, realtime)?;
+        for (state, vcpu) in self.vcpus.iter().zip(parts.vcpus) {
             state.restore(vcpu)?;
         }
+        parts.bus.serial().restore(&self.serial);
+        parts.bus.i8042().restore(&self.i8042);
+        for (index, (device, state)) in parts.bus.virtio.iter().zip(&self.virtio).enumerate() {
+            device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
+        }
+        // The guest notices that it is not the one that was saved.
+        renew_generation_id(parts.ram)?;
+        parts.vm.pulse(VM_GENERATION_IRQ);
         Ok(())
     }
 
@@ -169,6 +173,14 @@ impl State {
         }
         Ok(config)
     }
+}
+
+/// What a reset goes back to.
+#[derive(Debug)]
+pub struct Origin {
+    state: State,
+    realtime: bool,
+    pagemap: Pagemap,
 }
 
 fn same(what: &'static str, found: usize, expected: usize) -> Result<(), SnapshotError> {
@@ -211,7 +223,38 @@ impl Vmm {
         self.configure_again(config)?;
         let machine = self.put_together(request, id, &state).map_err(refuse)?;
         self.install(machine)?;
+        let pagemap = Pagemap::open()
+            .map_err(|source| refuse(SnapshotError::Memory { path: request.mem_file_path.clone(), source }.into()))?;
+        self.origin = Some(Origin { state, realtime: request.clock_realtime, pagemap });
         self.enter(Lifecycle::Paused, Event::Paused);
+        if request.resume_vm {
+            self.resume();
+        }
+        Ok(())
+    }
+
+    /// Whether a reset would be right.
+    pub(super) fn check_reset(&self, request: &SnapshotReset) -> Result<(), Refusal> {
+        if self.origin.is_none() || self.machine.as_ref().is_none_or(|machine| machine.ram.base().is_none()) {
+            return Err(refuse(SnapshotError::NoOrigin.into()));
+        }
+        match self.config.drives.iter().find(|drive| !drive.is_read_only) {
+            Some(drive) if !request.keep_drive_writes => {
+                Err(refuse(SnapshotError::WritableDrive(drive.drive_id.clone()).into()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Goes back to the snapshot in this very process; the machine is paused. One that fails half way
+    /// is no machine any more.
+    pub(super) fn reset_in_place(&mut self, request: &SnapshotReset) -> Result<(), Refusal> {
+        let (Some(machine), Some(origin)) = (&mut self.machine, &self.origin) else { return Ok(()) };
+        if let Err(error) = origin.reset(machine) {
+            let refusal = refuse(error);
+            self.doom = Some(Ending::failure(format!("the reset failed: {}", refusal.0.trim_end_matches('.'))));
+            return Err(refusal);
+        }
         if request.resume_vm {
             self.resume();
         }
@@ -250,8 +293,18 @@ impl Vmm {
         memory::check(&file, layout.ram_bytes, Some(id)).map_err(fail)?;
         let mut shell = self.shell(&layout)?;
         shell.ram.load(file)?;
-        state.apply(&shell, request.clock_realtime)?;
+        state.apply(&shell.parts(), request.clock_realtime)?;
         self.assemble(shell)
+    }
+}
+
+impl Origin {
+    fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
+        let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
+        memory::forget(&machine.ram, &self.pagemap).map_err(fail)?;
+        machine.take_handles()?;
+        let Machine { handles, bus, vm, ram, .. } = machine;
+        self.state.apply(&Parts { vcpus: handles, bus, vm, ram }, self.realtime)
     }
 }
 

@@ -118,7 +118,7 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &Fil
     let touched = |entry: u64| match base {
         None => entry & (PRESENT | SWAPPED) != 0,
         // A page of the file is as it was there.
-        Some(_) => entry & SWAPPED != 0 || entry & (PRESENT | OF_A_FILE) == PRESENT,
+        Some(_) => is_private(entry),
     };
     let always = match (&base, pages) {
         (Some(_), Pages::Changed) => Vec::new(),
@@ -141,6 +141,30 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &Fil
     }
     let trailer = [&TRAILER_MAGIC[..], &id].concat();
     file.write_all_at(&trailer, ram.size()).map_err(fail("write it"))
+}
+
+/// Drops every page of `ram` that differs from the memory file it came from: it is as it was loaded.
+/// Nobody else uses RAM meanwhile.
+///
+/// # Errors
+/// There is no /proc, or the host refuses.
+pub fn forget(ram: &GuestRam, pagemap: &Pagemap) -> Result<(), Error> {
+    for slot in ram.slots() {
+        pagemap.runs((slot.host, slot.size), is_private, &[], |run| {
+            let (start, length) = ((slot.host + run.start) as *mut libc::c_void, (run.end - run.start) as usize);
+            // SAFETY: the range is part of a mapping of guest RAM, which no Rust reference points into.
+            match unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } {
+                0 => Ok(()),
+                _ => Err(Error::Io("drop its changed pages", io::Error::last_os_error())),
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether a page of a private mapping is not the file's any more.
+fn is_private(entry: u64) -> bool {
+    entry & SWAPPED != 0 || entry & (PRESENT | OF_A_FILE) == PRESENT
 }
 
 /// Writes guest memory to the file, without a Rust reference to what the guest may change.

@@ -256,7 +256,6 @@ fn metadata_is_any_json_and_its_configuration_is_checked() {
 #[test]
 fn what_this_release_does_not_do_is_said_plainly() {
     for (method, path, said) in [
-        (Method::PUT, "/snapshot/reset", "PUT /snapshot/reset is not available in this release."),
         (Method::PATCH, "/balloon/statistics", "outside the scope"),
         (Method::PUT, "/entropy", "outside the scope"),
         (Method::PUT, "/pmem/p", "outside the scope"),

@@ -84,12 +84,13 @@ fn the_compiler_reads_what_was_meant() {
     assert_eq!(words.matches("\"LNRO0005\"").count(), MAX_VIRTIO_DEVICES);
     assert_eq!(
         words.matches("Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive").count(),
-        MAX_VIRTIO_DEVICES + 2
+        MAX_VIRTIO_DEVICES + 3
     );
     for device in places() {
         assert!(words.contains(&format!("0x{:08X}, // Address Base 0x00001000, // Address Length", device.base)));
         assert!(words.contains(&format!("0x{:08X}, }}", device.irq)), "irq {}", device.irq);
     }
+    assert!(words.contains("Notify (\\_SB.VGEN, 0x80)"));
     assert!(words.contains("EisaId (\"PNP0501\")") && words.contains("EisaId (\"PNP0303\")"));
 }
 

@@ -180,8 +180,8 @@ impl VirtioMmio {
         self.lock().save()
     }
 
-    /// Puts a state into a device that is reset, up to where it would handle events: that is for
-    /// [`Self::resume`], until which it is as after [`Self::quiesce`].
+    /// Puts a quiet device into a state, up to where it would handle events: that is for
+    /// [`Self::resume`], until which it is as after [`Self::quiesce`]. Whatever it did before is forgotten.
     ///
     /// # Errors
     ///
@@ -189,6 +189,12 @@ impl VirtioMmio {
     pub fn restore(&self, state: &VirtioState) -> Result<(), StateError> {
         let mut transport = self.lock();
         transport.paused = true;
+        if !transport.device.reset() {
+            // What is left is the host's side, which the vmm thread closes with the next event.
+            let _ = transport.device.on_event(KICK);
+            transport.device.reset();
+        }
+        transport.complete_reset();
         transport.restore(state)
     }
 
