@@ -2,6 +2,7 @@
 
 mod bench;
 mod image;
+mod net;
 mod run;
 
 use std::error::Error;

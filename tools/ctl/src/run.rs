@@ -16,6 +16,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vesiclectl::{Client, ClientError, Job, Script, Signaller, Vesicle};
 
+use crate::net::Network;
+
 /// The status of a run that did not come to a command's own status.
 pub const FAILED: u8 = 125;
 
@@ -38,6 +40,7 @@ Usage: vesiclectl run --vesicle FILE --kernel FILE [OPTION]... [-- COMMAND...]
   --memory MIB        memory [default: 256]
   --boot-args ARGS    kernel arguments that follow the usual ones, such as loglevel=7 to see the kernel's messages
   --stdin             give the command this standard input
+  --net               let the guest out: a TAP, NAT and forwarding, by ip and nft, as root; eth0 is set up in the guest
 
 No shell looks at COMMAND. Without one there is a shell, which takes a terminal. What the guest writes to its serial
 port is standard output. The exit status is the command's; 125 means that there is none, and standard error says why.
@@ -58,6 +61,7 @@ pub struct Run {
     memory: u64,
     boot_args: Option<String>,
     stdin: bool,
+    net: bool,
     command: Vec<OsString>,
 }
 
@@ -85,6 +89,7 @@ impl Run {
             memory: 256,
             boot_args: None,
             stdin: false,
+            net: false,
             command: Vec::new(),
         };
         while let Some(argument) = parser.next()? {
@@ -98,6 +103,7 @@ impl Run {
                 Arg::Long("memory") => run.memory = parser.value()?.parse()?,
                 Arg::Long("boot-args") => run.boot_args = Some(parser.value()?.string()?),
                 Arg::Long("stdin") => run.stdin = true,
+                Arg::Long("net") => run.net = true,
                 Arg::Long("help") | Arg::Short('h') => return Ok(None),
                 Arg::Value(first) => run.command = std::iter::once(first).chain(parser.raw_args()?).collect(),
                 _ => return Err(argument.unexpected()),
@@ -119,11 +125,16 @@ impl Run {
         let job = self.job(console, &dir.path().join("job"))?;
         let log = dir.path().join("log");
 
+        let mut network = if self.net { Some(Network::claim()?) } else { None };
         let _terminal = Terminal::save();
-        let mut vesicle = Vesicle::spawn(self.vmm(console, &log)?)
+        let mut vesicle = Vesicle::spawn(self.vmm(console, &log, network.as_ref())?)
             .map_err(|error| format!("cannot run {}: {error}", self.vesicle.display()))?;
         let caught = pass_on_signals(vesicle.signaller())?;
-        let started = self.start(vesicle.api(), &job, console);
+        // Only now that a signal would not leave it behind.
+        if network.as_mut().map(Network::up).transpose()? == Some(true) {
+            eprintln!("vesiclectl: this machine did not forward packets; net.ipv4.ip_forward is 1 from now on");
+        }
+        let started = self.start(vesicle.api(), &job, console, network.as_ref());
         if started.is_err() {
             vesicle.signaller().terminate();
         }
@@ -170,8 +181,11 @@ impl Run {
     }
 
     /// The VMM's process. Its log goes to a file that is shown if it fails.
-    fn vmm(&self, console: Console, log: &Path) -> io::Result<Command> {
+    fn vmm(&self, console: Console, log: &Path, network: Option<&Network>) -> io::Result<Command> {
         let mut command = Command::new(&self.vesicle);
+        if let Some(network) = network {
+            network.pass_to(&mut command);
+        }
         command.stderr(File::options().create(true).append(true).open(log)?);
         if console == Console::Output {
             command.stdin(Stdio::null());
@@ -180,10 +194,15 @@ impl Run {
     }
 
     /// Configures the microVM and starts it.
-    fn start(&self, api: &Client, job: &Job, console: Console) -> Result<(), ClientError> {
+    fn start(&self, api: &Client, job: &Job, console: Console, network: Option<&Network>) -> Result<(), ClientError> {
         let mut boot_args = BOOT_ARGS.to_owned();
         if console == Console::Terminal {
             boot_args += " vesicle.tty=1";
+        }
+        if let Some(network) = network {
+            let interface = json!({ "iface_id": "eth0", "host_dev_name": network.host_device() });
+            api.must_put("/network-interfaces/eth0", &interface)?;
+            boot_args = boot_args + " " + &network.boot_argument();
         }
         if let Some(more) = &self.boot_args {
             boot_args = boot_args + " " + more;
