@@ -48,6 +48,8 @@ pub struct Options {
     pub mmds_limit: Option<usize>,
     /// Metadata to start with: a JSON file.
     pub metadata: Option<PathBuf>,
+    /// Have everything ready for the load of the snapshot with this state file.
+    pub prepare: Option<PathBuf>,
     /// Monotonic clock when the launcher began to start the process, in microseconds.
     pub start_time_us: Option<u64>,
     /// CPU clock of the process when the launcher executed it, in microseconds.
@@ -69,6 +71,7 @@ impl Default for Options {
             max_payload: DEFAULT_MAX_PAYLOAD,
             mmds_limit: None,
             metadata: None,
+            prepare: None,
             start_time_us: None,
             start_time_cpu_us: None,
             parent_cpu_time_us: None,
@@ -145,6 +148,11 @@ const FLAGS: &[Flag] = &[
         "refuse metadata that is larger as JSON\n[default: as --http-api-max-payload-size]",
     ),
     Flag("metadata", "PATH", "begin with the metadata in a JSON file"),
+    Flag(
+        "prepare",
+        "PATH",
+        "get ready for the load of the snapshot with this state file, whose\nmemory file is where it was written",
+    ),
     Flag("start-time-us", "US", "for launchers: monotonic clock when the process was being started"),
     Flag("start-time-cpu-us", "US", "for launchers: CPU clock of the process when it was executed"),
     Flag("parent-cpu-time-us", "US", "for launchers: CPU time spent before the process was executed"),
@@ -156,7 +164,7 @@ const FLAGS: &[Flag] = &[
 
 /// Flags of later releases.
 const UNAVAILABLE: &[&str] =
-    &["seccomp-filter", "snapshot-version", "describe-snapshot", "prepare", "kvm-fd", "allow-path", "landlock-abi"];
+    &["seccomp-filter", "snapshot-version", "describe-snapshot", "kvm-fd", "allow-path", "landlock-abi"];
 
 fn value_of(flag: &str) -> &'static str {
     FLAGS.iter().find(|known| known.0 == flag).map_or("", |known| known.1)
@@ -266,6 +274,7 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
             options.mmds_limit = Some(value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"))?);
         }
         "metadata" => options.metadata = Some(value.into()),
+        "prepare" => options.prepare = Some(value.into()),
         "start-time-us" => options.start_time_us = Some(number()?),
         "start-time-cpu-us" => options.start_time_cpu_us = Some(number()?),
         "parent-cpu-time-us" => options.parent_cpu_time_us = Some(number()?),
@@ -330,7 +339,7 @@ mod tests {
     fn a_launcher_says_what_it_wants() {
         let line = "--id vm-1 --api-sock=/tmp/a --start-time-us 12 --start-time-cpu-us 3 --parent-cpu-time-us=4 \
              --log-path /tmp/log --level warn --show-level --show-log-origin --module vesicle::api --boot-timer \
-             --metrics-path m --http-api-max-payload-size 100 --mmds-size-limit 200 --metadata m.json \
+             --metrics-path m --http-api-max-payload-size 100 --mmds-size-limit 200 --metadata m.json --prepare s \
              --no-seccomp --no-landlock";
         let logger = LoggerConfig {
             log_path: Some("/tmp/log".into()),
@@ -350,6 +359,7 @@ mod tests {
             max_payload: 100,
             mmds_limit: Some(200),
             metadata: Some("m.json".into()),
+            prepare: Some("s".into()),
             start_time_us: Some(12),
             start_time_cpu_us: Some(3),
             parent_cpu_time_us: Some(4),

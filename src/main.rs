@@ -67,6 +67,11 @@ fn run() -> std::ffi::c_int {
     let (mut vmm, sender, events) = prepare(&options).unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
     vmm.declare(passed);
     configure(&mut vmm, &options);
+    if let Some(path) = &options.prepare
+        && let Err(refusal) = vmm.prepare(path)
+    {
+        fail(BAD_CONFIGURATION, format!("--prepare: {refusal}"));
+    }
     let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events));
     let Ending { status, .. } = vmm.run();
     if let Some((thread, socket_file)) = api {

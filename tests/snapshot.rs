@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use common::{Guest, MicroVm};
 use serde_json::{Value, json};
@@ -68,6 +69,11 @@ fn a_guest_goes_on_in_another_process() {
         assert_eq!(vm.get("/machine-config")["vcpu_count"], vm.guest().machine_config()["vcpu_count"]);
         vm.shut_down();
     }
+}
+
+/// The guest's monotonic clock in seconds.
+fn uptime(vm: &mut MicroVm) -> f64 {
+    vm.ok("read seconds rest </proc/uptime; echo $seconds").parse().unwrap()
 }
 
 /// Random bytes that a guest draws.
@@ -185,4 +191,33 @@ fn a_reset_takes_the_guest_back_in_the_same_process() {
     vm.resume();
     assert_eq!(vm.ok("cat /run/note"), "before");
     vm.shut_down();
+}
+
+#[test]
+fn a_prepared_process_only_waits_for_the_load() {
+    let mut vm = Guest::tuned().vcpus(2).boot();
+    let began = Instant::now();
+    let then = uptime(&mut vm);
+    vm.ok("echo before >/run/note");
+    let snapshot = Snapshot::of(&vm);
+    let mut ran = began.elapsed();
+    let other = Snapshot::of(&vm);
+    vm.kill();
+    let mut vm = vm.successor_with(&["--prepare", snapshot.state.to_str().unwrap()]);
+    assert_eq!(vm.get("/")["state"], "Not started");
+    std::thread::sleep(Duration::from_secs(3));
+    let began = Instant::now();
+    vm.put("/snapshot/load", &snapshot.load());
+    // The guest's clock has not run while it waited.
+    let passed = uptime(&mut vm) - then;
+    ran += began.elapsed();
+    assert!(passed <= ran.as_secs_f64() + 0.1, "{passed} s passed in {ran:?}");
+    assert_eq!(vm.ok("cat /run/note; sleep 0.1"), "before");
+    vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
+    assert_eq!(vm.ok("cat /run/note"), "before");
+    vm.kill();
+    let mut vm = vm.successor_with(&["--prepare", snapshot.state.to_str().unwrap()]);
+    let refusal = vm.refused_put("/snapshot/load", &other.load());
+    assert!(refusal.contains("prepared for another snapshot"), "{refusal}");
+    assert_eq!(vm.wait_exit().code(), Some(1));
 }

@@ -1,7 +1,7 @@
 //! From a guest's access to the device it means. The list is closed, so this is a match, and each
 //! device has one lock of its own; an access to anything else reads as all ones.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::boot_timer::BootTimer;
 use super::i8042::{self, I8042};
@@ -18,8 +18,8 @@ pub struct Bus {
     pub serial: Mutex<Serial>,
     /// Keyboard controller.
     pub i8042: Mutex<I8042>,
-    /// The virtio devices, in the order of their windows.
-    pub virtio: Vec<Arc<VirtioMmio>>,
+    /// The virtio devices, in the order of their windows, once they are plugged in.
+    pub slots: OnceLock<Vec<Arc<VirtioMmio>>>,
     /// At [`BOOT_TIMER`], if there is one.
     pub boot_timer: Option<BootTimer>,
 }
@@ -33,6 +33,11 @@ impl Bus {
     /// The serial port.
     pub fn serial(&self) -> MutexGuard<'_, Serial> {
         lock(&self.serial)
+    }
+
+    /// The virtio devices.
+    pub fn virtio(&self) -> &[Arc<VirtioMmio>] {
+        self.slots.get().map(Vec::as_slice).unwrap_or_default()
     }
 
     /// The keyboard controller.
@@ -84,7 +89,7 @@ impl Bus {
     fn virtio_at(&self, gpa: u64) -> Option<(&VirtioMmio, u64)> {
         let from_start = gpa.checked_sub(VIRTIO_MMIO_START)?;
         let index = usize::try_from(from_start / VIRTIO_MMIO_SIZE).ok()?;
-        Some((self.virtio.get(index)?.as_ref(), from_start % VIRTIO_MMIO_SIZE))
+        Some((self.virtio().get(index)?.as_ref(), from_start % VIRTIO_MMIO_SIZE))
     }
 }
 

@@ -53,7 +53,7 @@ fn missing<T>() -> io::Result<T> {
 }
 
 fn device_at(bus: Option<&Bus>, index: usize) -> Option<&VirtioMmio> {
-    bus?.virtio.get(index).map(AsRef::as_ref)
+    bus?.virtio().get(index).map(AsRef::as_ref)
 }
 
 /// Changes a drive. What can fail comes first, so that a refused PATCH changes nothing.

@@ -18,14 +18,14 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
 use super::files::Files;
-use super::shell::{Layout, Shell};
-use super::snapshot::{Origin, SnapshotError};
+use super::shell::{Layout, Parts, Shell, Sockets};
+use super::snapshot::{Origin, Prepared, SnapshotError};
 use super::{Error, chain, devices, fill};
 use crate::config::{MetricsConfig, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::Windows;
+use crate::devices::virtio::{Device, Windows};
 use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::{Kvm, Report, Run, Vcpu, Vm, Wish};
 use crate::log;
@@ -66,10 +66,30 @@ pub(super) struct Machine {
     pub(super) kvm: Kvm,
     pub(super) vm: Arc<Vm>,
     pub(super) ram: GuestRam,
-    _windows: Windows,
+    windows: Windows,
 }
 
 impl Machine {
+    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
+    pub(super) fn assemble(shell: Shell, console: Console) -> Result<Self, Error> {
+        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event } = shell;
+        let vcpus = (0..)
+            .zip(vcpu_fds)
+            .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, windows })
+    }
+
+    /// Where its devices go.
+    pub(super) fn sockets(&self) -> Sockets<'_> {
+        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
+    }
+
+    /// What of it has a state; only once there are handles.
+    pub(super) fn parts(&self) -> Parts<'_> {
+        Parts { vcpus: &self.handles, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    }
+
     /// Has a handle for each vCPU in `handles`; they are parked.
     pub(super) fn take_handles(&mut self) -> Result<(), Error> {
         if self.handles.is_empty() {
@@ -100,7 +120,7 @@ const METRICS_PERIOD: Duration = Duration::from_secs(60);
 /// The vmm thread's state.
 pub struct Vmm {
     id: String,
-    boot_timer: Option<BootTimer>,
+    pub(super) boot_timer: Option<BootTimer>,
     state: Lifecycle,
     pub(super) config: VmConfig,
     mmds: mmds::Shared,
@@ -121,6 +141,8 @@ pub struct Vmm {
     deferred: VecDeque<Request>,
     /// A failed load ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
+    /// A machine that only waits for the load of its snapshot.
+    pub(super) prepared: Option<Prepared>,
     /// The snapshot that this microVM came from.
     pub(super) origin: Option<Origin>,
 }
@@ -156,6 +178,7 @@ impl Vmm {
             parking: None,
             deferred: VecDeque::new(),
             doom: None,
+            prepared: None,
             origin: None,
         })
     }
@@ -196,7 +219,7 @@ impl Vmm {
         let (serial, events) = (&machine.bus.serial, &self.events);
         match token {
             Token::Device(index, tag) => {
-                if let Some(device) = machine.bus.virtio.get(usize::from(index)) {
+                if let Some(device) = machine.bus.virtio().get(usize::from(index)) {
                     device.on_event(tag);
                 }
             }
@@ -368,28 +391,30 @@ impl Vmm {
         let layout = Layout::from(&self.config);
         let shell = self.shell(&layout)?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
-        self.assemble(shell)
+        Machine::assemble(shell, self.console()?)
     }
 
     /// A machine without content, with the devices that are configured.
-    pub(super) fn shell(&self, layout: &Layout) -> Result<Shell, Error> {
-        let listener = self.vsock.as_ref().map(|(listener, _)| listener);
-        let devices = || devices::build(&self.config, &self.files, &self.mmds, listener);
-        Shell::new(layout, devices, self.boot_timer.clone())
+    fn shell(&self, layout: &Layout) -> Result<Shell, Error> {
+        let devices = self.devices()?;
+        let mut shell = Shell::new(layout, devices.len(), self.boot_timer.clone())?;
+        let kicks = std::mem::take(&mut shell.kicks);
+        shell.sockets().plug(devices, kicks)?;
+        Ok(shell)
     }
 
-    /// Makes a machine of a shell that has its content: the console, and a thread for each vCPU.
-    pub(super) fn assemble(&self, shell: Shell) -> Result<Machine, Error> {
+    /// The devices that are configured.
+    pub(super) fn devices(&self) -> Result<Vec<Device>, Error> {
+        let listener = self.vsock.as_ref().map(|(listener, _)| listener);
+        devices::build(&self.config, &self.files, &self.mmds, listener)
+    }
+
+    /// The host's side of the serial port, as configured.
+    pub(super) fn console(&self) -> Result<Console, Error> {
         let serial = self.config.serial.clone().unwrap_or_default();
         let file = self.files.serial.as_ref().map(|file| file.try_clone()).transpose();
         let file = file.map_err(|source| Error::Event("duplicate the serial port's descriptor", source))?;
-        let console = Console::new(file, serial.rate_limiter.as_ref());
-        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, vcpu_event } = shell;
-        let vcpus = (0..)
-            .zip(vcpu_fds)
-            .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
-            .collect::<Result<_, _>>()?;
-        Ok(Machine { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, _windows: windows })
+        Ok(Console::new(file, serial.rate_limiter.as_ref()))
     }
 
     fn watch_machine(&self, machine: &Machine) -> Result<(), Error> {
@@ -398,7 +423,7 @@ impl Vmm {
             (machine.bus.i8042().reset_fd().as_raw_fd(), Token::Reset),
             (machine.bus.serial().wake_fd().as_raw_fd(), Token::Serial),
         ];
-        for (index, device) in (0..).zip(&machine.bus.virtio) {
+        for (index, device) in (0..).zip(machine.bus.virtio()) {
             fds.extend(device.sources().into_iter().map(|source| (source.fd, Token::Device(index, source.tag))));
         }
         for (fd, token) in fds {
@@ -470,7 +495,7 @@ impl Vmm {
             return;
         }
         let Some(machine) = &self.machine else { return };
-        for device in &machine.bus.virtio {
+        for device in machine.bus.virtio() {
             device.resume();
         }
         for vcpu in &machine.vcpus {
@@ -498,7 +523,7 @@ impl Vmm {
             }
         }
         if parked && let Some(Parking { reset, reply }) = self.parking.take() {
-            for device in &machine.bus.virtio {
+            for device in machine.bus.virtio() {
                 device.quiesce();
             }
             self.enter(Lifecycle::Paused, Event::Paused);
@@ -528,7 +553,7 @@ impl Vmm {
     /// when it has passed that on.
     fn end(&mut self, ending: Ending) -> Ending {
         if let Some(machine) = &mut self.machine {
-            for device in &machine.bus.virtio {
+            for device in machine.bus.virtio() {
                 device.quiesce();
             }
             machine.console.finish(&machine.bus.serial);

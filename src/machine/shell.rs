@@ -1,6 +1,6 @@
 //! A machine without content: RAM, VM, vCPUs, devices, all wired, nothing in them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -41,7 +41,7 @@ impl kvm::Exits for Bus {
 }
 
 /// What decides the machine's shape.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// vCPUs and how they share cores.
     pub topology: Topology,
@@ -82,29 +82,28 @@ pub struct Shell {
     pub ram: GuestRam,
     /// The registers of the virtio devices, a memory slot as well.
     pub windows: Windows,
+    /// Their QueueNotify registers.
+    pub kicks: Vec<EventFd>,
     /// Signalled by vCPUs.
     pub vcpu_event: Arc<EventFd>,
 }
 
 impl Shell {
-    /// Builds it, in the order that KVM does fastest (see [`crate::kvm`]). `devices` makes the
-    /// virtio devices once RAM exists.
-    pub fn new(
-        layout: &Layout,
-        devices: impl FnOnce() -> Result<Vec<Device>, Error>,
-        boot_timer: Option<BootTimer>,
-    ) -> Result<Self, Error> {
+    /// Builds it with room for `devices` virtio devices, in the order that KVM does fastest (see
+    /// [`crate::kvm`]).
+    pub fn new(layout: &Layout, devices: usize, boot_timer: Option<BootTimer>) -> Result<Self, Error> {
         let kvm = Kvm::open(&layout.kvm_capabilities)?;
         let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
-        let devices = devices()?;
-        let windows = Windows::new(devices.len());
+        let windows = Windows::new(devices);
         // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
         // drops them after it.
         let vm = Arc::new(unsafe { Vm::new(&kvm, &ram, layout.log_dirty, windows.slot()) }?);
         let vcpu_fds = (0..layout.topology.vcpus).map(|id| vm.create_vcpu(id)).collect::<Result<_, _>>()?;
         kvm::install_kick_handler();
-        let bus = wire(&vm, &ram, &windows, devices, boot_timer)?;
-        Ok(Self { kvm, vcpu_fds, bus: Arc::new(bus), vm, ram, windows, vcpu_event: Arc::new(event(0)?) })
+        let swallowed = event(libc::EFD_NONBLOCK)?;
+        let kicks = (0..devices).map(|index| wire_virtio(&vm, index, &swallowed)).collect::<Result<_, _>>()?;
+        let bus = Arc::new(wire(&vm, boot_timer)?);
+        Ok(Self { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event: Arc::new(event(0)?) })
     }
 }
 
@@ -121,9 +120,9 @@ pub struct Parts<'a> {
 }
 
 impl Shell {
-    /// Its parts.
-    pub fn parts(&self) -> Parts<'_> {
-        Parts { vcpus: &self.vcpu_fds, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    /// Where its devices go.
+    pub fn sockets(&self) -> Sockets<'_> {
+        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
     }
 }
 
@@ -134,34 +133,53 @@ pub fn renew_generation_id(ram: &GuestRam) -> Result<(), Error> {
     Ok(write.map_err(|_| memory::Error::OutsideRam { gpa: VM_GENERATION_ID, len: id.len() as u64 })?)
 }
 
-/// Connects devices and interrupt controllers.
-fn wire(
-    vm: &Arc<Vm>,
-    ram: &GuestRam,
-    windows: &Windows,
-    devices: Vec<Device>,
-    boot_timer: Option<BootTimer>,
-) -> Result<Bus, Error> {
+/// Connects the devices that every machine has with the interrupt controllers.
+fn wire(vm: &Vm, boot_timer: Option<BootTimer>) -> Result<Bus, Error> {
     let serial = Serial::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
     vm.register_irqfd(serial.interrupt(), COM1_IRQ)?;
     let i8042 = I8042::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
     vm.register_irqfd(i8042.interrupt(), KEYBOARD_IRQ)?;
-    let mut virtio = Vec::with_capacity(devices.len());
-    let swallowed = event(libc::EFD_NONBLOCK)?;
-    for (index, device) in devices.into_iter().enumerate() {
-        let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
-        let window = windows.get(index).ok_or(Error::TooManyDevices)?;
-        let line = Box::new({
-            let vm = Arc::clone(vm);
-            move || vm.pulse(place.irq)
-        });
-        let device = VirtioMmio::new(device, ram.memory().clone(), line, window)
-            .map_err(|source| Error::Event("create an eventfd", source))?;
-        vm.register_ioeventfd(device.kick_fd(), place.base + VirtioMmio::NOTIFY_OFFSET)?;
-        vm.swallow(&swallowed, place.base + VirtioMmio::ACKNOWLEDGE_OFFSET, INTERRUPT_USED_BUFFER)?;
-        virtio.push(Arc::new(device));
+    Ok(Bus { serial: Mutex::new(serial), i8042: Mutex::new(i8042), slots: OnceLock::new(), boot_timer })
+}
+
+/// Has KVM take the writes of virtio device `index` that need no exit: those to QueueNotify, whose
+/// descriptor is returned, and those that nobody needs to hear of.
+fn wire_virtio(vm: &Vm, index: usize, swallowed: &EventFd) -> Result<EventFd, Error> {
+    let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
+    let kick = event(libc::EFD_NONBLOCK)?;
+    vm.register_ioeventfd(&kick, place.base + VirtioMmio::NOTIFY_OFFSET)?;
+    vm.swallow(swallowed, place.base + VirtioMmio::ACKNOWLEDGE_OFFSET, INTERRUPT_USED_BUFFER)?;
+    Ok(kick)
+}
+
+/// Where devices are plugged in.
+pub struct Sockets<'a> {
+    /// Guest RAM.
+    pub ram: &'a GuestRam,
+    /// The VM.
+    pub vm: &'a Arc<Vm>,
+    /// The devices' registers.
+    pub windows: &'a Windows,
+    /// Where accesses are sent from.
+    pub bus: &'a Bus,
+}
+
+impl Sockets<'_> {
+    /// Puts the devices in, once; `kicks` are those of the shell.
+    pub fn plug(&self, devices: Vec<Device>, kicks: Vec<EventFd>) -> Result<(), Error> {
+        let mut plugged = Vec::with_capacity(devices.len());
+        for (index, (device, kick)) in devices.into_iter().zip(kicks).enumerate() {
+            let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
+            let window = self.windows.get(index).ok_or(Error::TooManyDevices)?;
+            let line = Box::new({
+                let vm = Arc::clone(self.vm);
+                move || vm.pulse(place.irq)
+            });
+            plugged.push(Arc::new(VirtioMmio::new(device, self.ram.memory().clone(), line, window, kick)));
+        }
+        let _ = self.bus.slots.set(plugged);
+        Ok(())
     }
-    Ok(Bus { serial: Mutex::new(serial), i8042: Mutex::new(i8042), virtio, boot_timer })
 }
 
 fn event(flags: i32) -> Result<EventFd, Error> {

@@ -8,23 +8,27 @@
 //! A load replays the configuration that was saved, with its overrides, through the same checks as
 //! the API's requests: what the file says is hostile until then.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::console::Console;
 use super::lifecycle::{Ending, Machine, Vmm, refuse};
-use super::shell::{Layout, Parts, renew_generation_id};
+use super::shell::{Layout, Parts, Shell, renew_generation_id};
 use super::{Error, files};
 use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
+use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
-use crate::memory::VM_GENERATION_IRQ;
+use crate::memory::{MIB, VM_GENERATION_IRQ};
 use crate::random;
 use crate::snapshot::draft::Draft;
 use crate::snapshot::memory::{self, Pagemap, Pages};
@@ -35,6 +39,8 @@ use crate::snapshot::{Id, format};
 pub struct State {
     /// CPU maker and signature of the host.
     cpu: [u32; 4],
+    /// Where the memory file was written.
+    mem_file_path: PathBuf,
     config: VmConfig,
     vm: VmState,
     vcpus: Vec<VcpuState>,
@@ -50,7 +56,7 @@ pub enum SnapshotError {
     #[error("snapshot_path {path:?} cannot be used")]
     Format {
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// What is wrong with it.
         #[source]
         source: format::Error,
@@ -59,7 +65,7 @@ pub enum SnapshotError {
     #[error("the memory file {path:?} cannot be used")]
     Memory {
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// What is wrong with it.
         #[source]
         source: memory::Error,
@@ -70,14 +76,14 @@ pub enum SnapshotError {
         /// What was tried.
         what: &'static str,
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// The host's reason.
         #[source]
         source: std::io::Error,
     },
     /// It would be overwritten while this microVM uses it.
     #[error("{0:?} is in use by this microVM; choose another path")]
-    InUse(std::path::PathBuf),
+    InUse(PathBuf),
     /// From a host with another make of CPU.
     #[error("the snapshot is from a host whose CPU is of another maker; load it where it was made")]
     Cpu,
@@ -103,6 +109,12 @@ pub enum SnapshotError {
     /// Something to be overridden that is not there.
     #[error("the snapshot has no {0}, and so none to override")]
     Override(String),
+    /// Prepared for another.
+    #[error("this process was prepared for another snapshot than that of {0:?}")]
+    PreparedOther(PathBuf),
+    /// Prepared for the same, but not so.
+    #[error("track_dirty_pages and huge_pages cannot be changed in a process that was prepared with --prepare")]
+    PreparedOtherwise,
     /// It was booted.
     #[error("this microVM was not loaded from a snapshot that it could go back to")]
     NoOrigin,
@@ -119,38 +131,53 @@ pub enum SnapshotError {
 
 impl State {
     /// The state of a machine whose vCPUs are parked and whose devices are quiet.
-    fn save(machine: &mut Machine, config: &VmConfig) -> Result<Self, Error> {
+    fn save(machine: &mut Machine, config: &VmConfig, mem_file_path: &Path) -> Result<Self, Error> {
         machine.take_handles()?;
         let msrs = machine.kvm.msrs()?;
         Ok(Self {
             cpu: host_cpu(),
+            // Whoever prepares for it may be in another directory.
+            mem_file_path: std::path::absolute(mem_file_path).unwrap_or_else(|_| mem_file_path.to_owned()),
             config: config.clone(),
             vcpus: machine.handles.iter().map(|vcpu| VcpuState::save(vcpu, &msrs)).collect::<Result<_, _>>()?,
             vm: machine.vm.save()?,
             serial: machine.bus.serial().save(),
             i8042: machine.bus.i8042().save(),
-            virtio: machine.bus.virtio.iter().map(|device| device.save()).collect(),
+            virtio: machine.bus.virtio().iter().map(|device| device.save()).collect(),
         })
     }
 
-    /// Puts the state into a machine whose RAM is there already and whose vCPUs do not run.
-    fn apply(&self, parts: &Parts<'_>, realtime: bool) -> Result<(), Error> {
-        same("vCPUs", self.vcpus.len(), parts.vcpus.len())?;
-        same("virtio devices", self.virtio.len(), parts.bus.virtio.len())?;
+    /// Puts into the vCPUs, which do not run, what stands still while they do not.
+    fn apply(&self, vcpus: &[VcpuFd]) -> Result<(), Error> {
+        same("vCPUs", self.vcpus.len(), vcpus.len())?;
+        for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
+            state.restore(vcpu)?;
+        }
+        Ok(())
+    }
+
+    /// The rest: devices, clocks, and what makes this guest another than the one that was saved.
+    fn wake(&self, parts: &Parts<'_>, realtime: bool) -> Result<(), Error> {
+        same("virtio devices", self.virtio.len(), parts.bus.virtio().len())?;
         // The interrupt controllers of the VM come first: local APICs refer to them.
         parts.vm.restore(&self.vm, realtime)?;
         for (state, vcpu) in self.vcpus.iter().zip(parts.vcpus) {
-            state.restore(vcpu)?;
+            state.restore_time(vcpu)?;
         }
         parts.bus.serial().restore(&self.serial);
         parts.bus.i8042().restore(&self.i8042);
-        for (index, (device, state)) in parts.bus.virtio.iter().zip(&self.virtio).enumerate() {
+        for (index, (device, state)) in parts.bus.virtio().iter().zip(&self.virtio).enumerate() {
             device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
         }
-        // The guest notices that it is not the one that was saved.
         renew_generation_id(parts.ram)?;
         parts.vm.pulse(VM_GENERATION_IRQ);
         Ok(())
+    }
+
+    /// What was configured, if it is legal.
+    fn checked_config(&self) -> Result<VmConfig, Refusal> {
+        let machine = self.config.machine.clone().checked()?;
+        Ok(VmConfig { machine, ..self.config.clone() })
     }
 
     /// The configuration with what a load overrides.
@@ -196,7 +223,7 @@ impl Vmm {
             check_unused(path, machine, &self.config)?;
         }
         let id = random::bytes().map_err(|source| Error::Event("draw random bytes", source))?;
-        let state = State::save(machine, &self.config)?;
+        let state = State::save(machine, &self.config, &request.mem_file_path)?;
         let path = &request.snapshot_path;
         let content =
             format::encode(id, &state).map_err(|source| SnapshotError::Format { path: path.clone(), source })?;
@@ -208,29 +235,56 @@ impl Vmm {
         Ok(draft.publish().map_err(fail("create"))?)
     }
 
+    /// Does all of a load that does not depend on the clone, so that the load itself has little to do.
+    ///
+    /// # Errors
+    /// The snapshot cannot be loaded.
+    pub fn prepare(&mut self, path: &Path) -> Result<(), Refusal> {
+        let snapshot = Opened::open(path, None).map_err(refuse)?;
+        let layout = Layout::from(&snapshot.state.checked_config()?);
+        self.prepared = Some(Prepared::new(snapshot, layout, self.boot_timer.clone()).map_err(refuse)?);
+        Ok(())
+    }
+
     /// Becomes the microVM of a snapshot, and runs it if asked to.
     pub(super) fn load_snapshot(&mut self, request: &SnapshotLoad) -> Result<(), Refusal> {
-        let (id, state) = read_state(&request.snapshot_path).map_err(|error| refuse(error.into()))?;
-        if state.cpu[..3] != host_cpu()[..3] {
-            return Err(refuse(SnapshotError::Cpu.into()));
-        }
-        if state.cpu != host_cpu() {
-            log::warn!(
-                "The snapshot is from a host with another model of CPU; its guest may find instructions missing."
-            );
-        }
-        let config = state.overridden(request).map_err(|error| refuse(error.into()))?;
-        self.configure_again(config)?;
-        let machine = self.put_together(request, id, &state).map_err(refuse)?;
+        let prepared = match self.prepared.take() {
+            Some(prepared) => {
+                prepared.check(request).map_err(|error| refuse(error.into()))?;
+                let config = prepared.state.overridden(request).map_err(|error| refuse(error.into()))?;
+                if Layout::from(&config) != prepared.layout {
+                    return Err(refuse(SnapshotError::PreparedOtherwise.into()));
+                }
+                self.configure_again(config)?;
+                prepared
+            }
+            None => {
+                let snapshot = Opened::open(&request.snapshot_path, Some(&request.mem_file_path)).map_err(refuse)?;
+                let config = snapshot.state.overridden(request).map_err(|error| refuse(error.into()))?;
+                self.configure_again(config)?;
+                let layout = Layout::from(&self.config);
+                Prepared::new(snapshot, layout, self.boot_timer.clone()).map_err(refuse)?
+            }
+        };
+        let (machine, origin) = self.wake(prepared, request).map_err(refuse)?;
         self.install(machine)?;
-        let pagemap = Pagemap::open()
-            .map_err(|source| refuse(SnapshotError::Memory { path: request.mem_file_path.clone(), source }.into()))?;
-        self.origin = Some(Origin { state, realtime: request.clock_realtime, pagemap });
+        self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
         if request.resume_vm {
             self.resume();
         }
         Ok(())
+    }
+
+    /// Gives a prepared machine its devices and starts its clocks.
+    fn wake(&self, prepared: Prepared, request: &SnapshotLoad) -> Result<(Machine, Origin), Error> {
+        let Prepared { state, mut machine, kicks, pagemap, .. } = prepared;
+        let devices = self.devices()?;
+        same("virtio devices", state.virtio.len(), devices.len())?;
+        machine.sockets().plug(devices, kicks)?;
+        machine.console = self.console()?;
+        state.wake(&machine.parts(), request.clock_realtime)?;
+        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap }))
     }
 
     /// Whether a reset would be right.
@@ -284,17 +338,83 @@ impl Vmm {
         self.config.boot_source = config.boot_source;
         Ok(())
     }
+}
 
-    fn put_together(&self, request: &SnapshotLoad, id: Id, state: &State) -> Result<Machine, Error> {
-        let layout = Layout::from(&self.config);
-        let path = &request.mem_file_path;
-        let fail = |source| SnapshotError::Memory { path: path.clone(), source };
-        let file = files::open_image("mem_file_path", path)?;
-        memory::check(&file, layout.ram_bytes, Some(id)).map_err(fail)?;
-        let mut shell = self.shell(&layout)?;
-        shell.ram.load(file)?;
-        state.apply(&shell.parts(), request.clock_realtime)?;
-        self.assemble(shell)
+/// A snapshot's two files.
+struct Opened {
+    state: State,
+    memory: File,
+    files: [Identity; 2],
+}
+
+/// Which file it is, whatever its name.
+type Identity = (u64, u64);
+
+fn identity(file: &File) -> std::io::Result<Identity> {
+    file.metadata().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+impl Opened {
+    /// Opens and checks both; the memory file is where it was written, if it is not said where it is.
+    fn open(path: &Path, memory: Option<&Path>) -> Result<Self, Error> {
+        let fail = |source| SnapshotError::File { what: "read", path: path.to_owned(), source };
+        let file =
+            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
+        let mut content = Vec::new();
+        (&file).take(format::MAX_LENGTH).read_to_end(&mut content).map_err(fail)?;
+        let (header, state) = format::decode::<State>(&content)
+            .map_err(|source| SnapshotError::Format { path: path.to_owned(), source })?;
+        if state.cpu[..3] != host_cpu()[..3] {
+            return Err(SnapshotError::Cpu.into());
+        }
+        if state.cpu != host_cpu() {
+            log::warn!(
+                "The snapshot is from a host with another model of CPU; its guest may find instructions missing."
+            );
+        }
+        let path = memory.unwrap_or(&state.mem_file_path);
+        let memory = files::open_image("mem_file_path", path)?;
+        memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(header.id))
+            .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
+        let files = [identity(&file).map_err(fail)?, identity(&memory).map_err(fail)?];
+        Ok(Self { state, memory, files })
+    }
+}
+
+/// A machine of a snapshot, complete but for its devices, with its clocks not yet running.
+pub struct Prepared {
+    state: State,
+    files: [Identity; 2],
+    layout: Layout,
+    machine: Machine,
+    kicks: Vec<EventFd>,
+    pagemap: Pagemap,
+}
+
+impl Prepared {
+    fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>) -> Result<Self, Error> {
+        let Opened { state, memory, files } = snapshot;
+        let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer)?;
+        shell.ram.load(memory)?;
+        state.apply(&shell.vcpu_fds)?;
+        let pagemap =
+            Pagemap::open().map_err(|source| SnapshotError::Memory { path: "of this process".into(), source })?;
+        let kicks = std::mem::take(&mut shell.kicks);
+        let mut machine = Machine::assemble(shell, Console::new(None, None))?;
+        machine.take_handles()?;
+        Ok(Self { state, files, layout, machine, kicks, pagemap })
+    }
+
+    /// Whether a load asks for what was prepared.
+    fn check(&self, request: &SnapshotLoad) -> Result<(), SnapshotError> {
+        for (path, expected) in [&request.snapshot_path, &request.mem_file_path].into_iter().zip(self.files) {
+            let fail = |source| SnapshotError::File { what: "look at", path: path.clone(), source };
+            let metadata = fs::metadata(path).map_err(fail)?;
+            if (metadata.dev(), metadata.ino()) != expected {
+                return Err(SnapshotError::PreparedOther(path.clone()));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -303,8 +423,8 @@ impl Origin {
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
         memory::forget(&machine.ram, &self.pagemap).map_err(fail)?;
         machine.take_handles()?;
-        let Machine { handles, bus, vm, ram, .. } = machine;
-        self.state.apply(&Parts { vcpus: handles, bus, vm, ram }, self.realtime)
+        self.state.apply(&machine.handles)?;
+        self.state.wake(&machine.parts(), self.realtime)
     }
 }
 
@@ -329,17 +449,6 @@ fn write_memory(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<(
     memory::write(&machine.ram, pages, &pagemap, id, draft.file()).map_err(fail)?;
     draft.sync().map_err(file_error("write"))?;
     Ok(draft.publish().map_err(file_error("create"))?)
-}
-
-fn read_state(path: &Path) -> Result<(Id, State), SnapshotError> {
-    let fail = |source| SnapshotError::File { what: "read", path: path.to_owned(), source };
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
-    let mut content = Vec::new();
-    let read = file.and_then(|file| file.take(format::MAX_LENGTH).read_to_end(&mut content));
-    read.map_err(fail)?;
-    let decoded = format::decode(&content);
-    let (header, state) = decoded.map_err(|source| SnapshotError::Format { path: path.to_owned(), source })?;
-    Ok((header.id, state))
 }
 
 /// Refuses to write over what the running guest is made of: its memory file, its images, its drives.

@@ -427,7 +427,12 @@ impl MicroVm {
 
     /// Another VMM with nothing configured, for the same guest: its files and job are this one's, and commands go on
     /// where they were. This one must have ended.
-    pub fn successor(mut self) -> Self {
+    pub fn successor(self) -> Self {
+        self.successor_with(&[])
+    }
+
+    /// The same, started with further arguments.
+    pub fn successor_with(mut self, arguments: &[&str]) -> Self {
         let guest = Guest {
             dir: tempfile::tempdir().unwrap(),
             job: None,
@@ -435,7 +440,7 @@ impl MicroVm {
             initramfs: self.guest.initramfs.clone(),
             boot_args: self.guest.boot_args.clone(),
             drives: self.guest.drives.clone(),
-            arguments: self.guest.arguments.clone(),
+            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
             interfaces: self.guest.interfaces.clone(),
             passed: Vec::new(),
             ..self.guest

@@ -12,7 +12,6 @@
 //! guest memory. If I/O is in flight, the vCPU sleeps, without the lock, until the vmm thread has
 //! seen it complete.
 
-use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -23,7 +22,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueState;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::state::SavedQueue;
 use super::{
@@ -56,23 +55,20 @@ pub struct VirtioMmio {
 
 impl VirtioMmio {
     /// Puts `device` behind registers that the guest reads in `window`, and whose interrupt
-    /// is `line`.
-    ///
-    /// # Errors
-    ///
-    /// When the process has no descriptor left for the notification eventfd.
-    pub fn new(device: Device, memory: GuestMemory, line: Line, window: Window) -> io::Result<Self> {
+    /// is `line`. `kick` is QueueNotify's descriptor, to be bound to any write at offset
+    /// [`NOTIFY_OFFSET`](Self::NOTIFY_OFFSET), whatever its width and value.
+    pub fn new(device: Device, memory: GuestMemory, line: Line, window: Window, kick: EventFd) -> Self {
         let interrupt = Arc::new(Interrupt::new(line, window.clone()));
         let transport = Transport::new(device, memory, Arc::clone(&interrupt), window.clone());
         transport.publish_all();
-        Ok(Self {
+        Self {
             kind: transport.device.kind(),
-            kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            kick,
             transport: Mutex::new(transport),
             reset_done: Condvar::new(),
             interrupt,
             window,
-        })
+        }
     }
 
     /// What the device is.
@@ -83,12 +79,6 @@ impl VirtioMmio {
     /// The device's interrupt.
     pub fn interrupt(&self) -> &Arc<Interrupt> {
         &self.interrupt
-    }
-
-    /// The descriptor of QueueNotify: to be bound to any write at offset
-    /// [`NOTIFY_OFFSET`](Self::NOTIFY_OFFSET), whatever its width and value.
-    pub fn kick_fd(&self) -> &EventFd {
-        &self.kick
     }
 
     /// Offset of InterruptACK in the register region. Nothing is lost if a write of

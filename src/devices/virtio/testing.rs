@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::{Device, Source, VirtioMmio, Windows};
 use crate::memory::GuestMemory;
 
@@ -71,6 +73,7 @@ pub fn file(size: u64) -> File {
 
 /// A guest with one device.
 pub struct Guest {
+    kick: EventFd,
     pub memory: GuestMemory,
     pub mmio: Arc<VirtioMmio>,
     /// Not taken yet.
@@ -96,10 +99,11 @@ impl Guest {
         let line = Arc::clone(&interrupts);
         let line = Box::new(move || _ = line.fetch_add(1, Ordering::SeqCst));
         let window = Windows::new(1).get(0).unwrap();
-        let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), line, window).unwrap());
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mmio = Arc::new(VirtioMmio::new(device, memory.clone(), line, window, kick.try_clone().unwrap()));
         let events = EventLoop::new(&mmio.sources());
         let queues = std::array::from_fn(|_| Queue::default());
-        Self { memory, mmio, interrupts, queue_size: 256, events, queues, selected: Cell::new(0) }
+        Self { memory, mmio, kick, interrupts, queue_size: 256, events, queues, selected: Cell::new(0) }
     }
 
     /// Means queue `index` from now on; the first one at the beginning.
@@ -256,7 +260,7 @@ impl Guest {
 
     /// Notifies the device as KVM does, without waiting for it.
     pub fn notify(&self) {
-        self.mmio.kick_fd().write(1).unwrap();
+        self.kick.write(1).unwrap();
     }
 
     /// Notifies the device and lets it work until it has nothing to do.

@@ -2,7 +2,8 @@
 //!
 //! The order of putting back is KVM's: CPUID decides which MSRs there are; the local APIC must be in
 //! its timer mode before a deadline means something, and the TSC must run before a deadline is
-//! compared with it; pending events come last, when nothing can clear them any more.
+//! compared with it; pending events come last, when nothing can clear them any more. What goes on by
+//! itself is put back apart from the rest, so that a prepared machine can wait without its clocks running.
 
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -21,12 +22,15 @@ const MSRS_AT_ONCE: usize = 256;
 /// A host clock this close, in millionths, needs no scaling: the guest's own error is larger.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
+/// An MSR's index and value.
+type Msr = (u32, u64);
+
 /// A vCPU that is not in the guest, with its last exit completed.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// In the order in which they are to be set.
-    msrs: Vec<(u32, u64)>,
+    msrs: Vec<Msr>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -107,7 +111,8 @@ impl VcpuState {
         })
     }
 
-    /// Puts it into a vCPU that has not run yet, or is parked.
+    /// Puts it into a vCPU that has not run yet, or is parked; all but what goes on by itself, which is
+    /// for [`Self::restore_time`].
     ///
     /// # Errors
     /// KVM refuses: the state is not one that this host's CPU can be in.
@@ -123,21 +128,26 @@ impl VcpuState {
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(ioctl("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
+        let (_, others) = self.split_msrs();
+        write_msrs(vcpu, others)
+    }
+
+    /// Starts what runs although the vCPU does not, shortly before it does: its TSC, the timer of its
+    /// local APIC, and what is pending, which that timer adds to.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore_time(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         vcpu.set_lapic(&self.lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        let (timed, _) = self.split_msrs();
+        write_msrs(vcpu, timed)?;
         vcpu.set_vcpu_events(&self.events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))
     }
 
-    /// CPU maker and signature as the guest was shown them (CPUID leaves 0 and 1).
-    pub fn cpu(&self) -> [u32; 4] {
-        let leaf = |function| self.cpuid.iter().find(|entry| entry.function == function);
-        let (maker, signature) = (leaf(0), leaf(1));
-        [
-            maker.map_or(0, |leaf| leaf.ebx),
-            maker.map_or(0, |leaf| leaf.edx),
-            maker.map_or(0, |leaf| leaf.ecx),
-            signature.map_or(0, |leaf| leaf.eax),
-        ]
+    /// The MSRs that go on by themselves, in order, and the others.
+    fn split_msrs(&self) -> (&[Msr], &[Msr]) {
+        let count = self.msrs.iter().take_while(|(index, _)| is_timed(*index)).count();
+        self.msrs.split_at(count)
     }
 
     /// The guest's TSC goes on at the rate it knows.
@@ -150,7 +160,7 @@ impl VcpuState {
     }
 }
 
-/// CPU maker and signature of this host, as [`VcpuState::cpu`] has them.
+/// CPU maker and signature of this host (CPUID leaves 0 and 1).
 pub fn host_cpu() -> [u32; 4] {
     use std::arch::x86_64::__cpuid;
     let maker = __cpuid(0);
@@ -158,7 +168,7 @@ pub fn host_cpu() -> [u32; 4] {
 }
 
 /// Reads what can be read of `indices`, the TSC before the deadline that is compared with it.
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Error> {
     let mut found = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
@@ -181,14 +191,18 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
     }
     found.sort_by_key(|(index, _)| match *index {
         IA32_TSC => 0,
-        IA32_TSC_DEADLINE => 2,
-        _ => 1,
+        IA32_TSC_DEADLINE => 1,
+        _ => 2,
     });
     Ok(found)
 }
 
+fn is_timed(msr: u32) -> bool {
+    matches!(msr, IA32_TSC | IA32_TSC_DEADLINE)
+}
+
 /// Sets `msrs`. One that KVM refuses is no error if it has that value anyway: some can only be read.
-fn write_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Error> {
+fn write_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), Error> {
     let mut rest = msrs;
     while !rest.is_empty() {
         let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
