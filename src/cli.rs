@@ -8,6 +8,7 @@ use lexopt::{Arg, Parser};
 
 use crate::api::types::LogLevel;
 use crate::config::LoggerConfig;
+use crate::snapshot::format;
 
 /// Where the API is served if `--api-sock` does not say.
 pub const DEFAULT_API_SOCK: &str = "/run/vesicle.socket";
@@ -86,6 +87,8 @@ pub enum Cli {
     Run(Box<Options>),
     /// Print this to standard output and exit with status 0.
     Print(String),
+    /// Print the format version of this state file and exit with status 0.
+    DescribeSnapshot(PathBuf),
 }
 
 /// Why the command line is refused (exit status 153).
@@ -158,13 +161,14 @@ const FLAGS: &[Flag] = &[
     Flag("parent-cpu-time-us", "US", "for launchers: CPU time spent before the process was executed"),
     Flag("no-seccomp", "", "accepted: there is no filter yet"),
     Flag("no-landlock", "", "accepted: there is no Landlock confinement yet"),
+    Flag("snapshot-version", "", "print the version of the snapshots' format that is written and read"),
+    Flag("describe-snapshot", "PATH", "print the format version of a snapshot's state file"),
     Flag("version", "", "print the version"),
     Flag("help", "", "print this text"),
 ];
 
 /// Flags of later releases.
-const UNAVAILABLE: &[&str] =
-    &["seccomp-filter", "snapshot-version", "describe-snapshot", "kvm-fd", "allow-path", "landlock-abi"];
+const UNAVAILABLE: &[&str] = &["seccomp-filter", "kvm-fd", "allow-path", "landlock-abi"];
 
 fn value_of(flag: &str) -> &'static str {
     FLAGS.iter().find(|known| known.0 == flag).map_or("", |known| known.1)
@@ -187,6 +191,12 @@ fn version() -> String {
     format!("Vesicle v{}\n", crate::api::VERSION)
 }
 
+/// The version of a snapshot's format as `--snapshot-version` and `--describe-snapshot` print it: with
+/// the minor and patch numbers that launchers look for.
+pub fn snapshot_version(version: u16) -> String {
+    format!("v{version}.0.0\n")
+}
+
 /// Parses the arguments, the program's name not among them.
 ///
 /// # Errors
@@ -207,6 +217,10 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
         match FLAGS[index] {
             Flag("help", ..) => return Ok(Cli::Print(help())),
             Flag("version", ..) => return Ok(Cli::Print(version())),
+            Flag("snapshot-version", ..) => return Ok(Cli::Print(snapshot_version(format::VERSION))),
+            Flag(flag @ "describe-snapshot", ..) => {
+                return Ok(Cli::DescribeSnapshot(value(&mut parser, flag)?.into()));
+            }
             Flag("no-api", ..) => no_api = true,
             Flag(flag, "", _) => set(&mut options, flag),
             Flag(flag, ..) => set_value(&mut options, flag, value(&mut parser, flag)?)?,
@@ -411,6 +425,9 @@ mod tests {
             assert!(text.contains(&format!("  --{name}")), "{name}");
         }
         assert!(text.lines().all(|line| line.len() <= 120), "{text}");
+        assert_eq!(parse(["--snapshot-version"]), Ok(Cli::Print("v1.0.0\n".into())));
+        assert_eq!(parse(["--describe-snapshot=x"]), Ok(Cli::DescribeSnapshot("x".into())));
+        assert_eq!(refusal("--describe-snapshot"), "--describe-snapshot needs a value: PATH");
         assert!(matches!(parse(["--version"]), Ok(Cli::Print(text)) if text.starts_with("Vesicle v")));
     }
 }

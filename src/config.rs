@@ -385,7 +385,7 @@ pub struct VmConfig {
 
 impl VmConfig {
     /// How many virtio devices are configured.
-    fn virtio_devices(&self) -> usize {
+    pub fn virtio_devices(&self) -> usize {
         self.drives.len() + self.network_interfaces.len() + usize::from(self.vsock.is_some())
     }
 

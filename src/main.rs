@@ -21,6 +21,7 @@ use vesicle::machine::lifecycle::{Ending, Vmm};
 use vesicle::machine::{chain, restore_terminal};
 use vesicle::metrics::METRICS;
 use vesicle::signals::{Termination, install_fatal_handlers};
+use vesicle::snapshot::format;
 use vesicle::socket::{self, Existing, SocketFile};
 
 /// Exit statuses (SPEC.md, "Exit status").
@@ -48,6 +49,13 @@ fn run() -> std::ffi::c_int {
             print!("{text}");
             return 0;
         }
+        Ok(Cli::DescribeSnapshot(path)) => match format::version_of(&path) {
+            Ok(version) => {
+                print!("{}", cli::snapshot_version(version));
+                return 0;
+            }
+            Err(error) => fail(FAILURE, format!("--describe-snapshot {path:?}: {}", chain(&error))),
+        },
         Err(error) => fail(BAD_ARGUMENTS, error),
     };
     // Before anything is opened here: a number that nobody passed in must not come to mean something of ours.

@@ -28,7 +28,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("control", &[]),
     ("api", &["control"]),
-    ("cli", &["api"]),
+    ("cli", &["api", "snapshot"]),
 ];
 const EVERYBODYS: &[&str] = &["random", "config", "metrics", "log", "warn_limited"];
 

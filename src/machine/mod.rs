@@ -10,6 +10,7 @@ mod shell;
 mod snapshot;
 
 pub use console::restore_terminal;
+pub use snapshot::{SnapshotError, State, read_state};
 
 use std::path::PathBuf;
 

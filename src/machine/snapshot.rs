@@ -9,7 +9,6 @@
 //! the API's requests: what the file says is hostile until then.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -130,6 +129,21 @@ pub enum SnapshotError {
 }
 
 impl State {
+    /// The configuration that was saved.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// How many vCPUs have a state.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// The virtio devices, in the order of their places.
+    pub fn devices(&self) -> &[VirtioState] {
+        &self.virtio
+    }
+
     /// The state of a machine whose vCPUs are parked and whose devices are quiet.
     fn save(machine: &mut Machine, config: &VmConfig, mem_file_path: &Path) -> Result<Self, Error> {
         machine.take_handles()?;
@@ -358,12 +372,7 @@ impl Opened {
     /// Opens and checks both; the memory file is where it was written, if it is not said where it is.
     fn open(path: &Path, memory: Option<&Path>) -> Result<Self, Error> {
         let fail = |source| SnapshotError::File { what: "read", path: path.to_owned(), source };
-        let file =
-            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
-        let mut content = Vec::new();
-        (&file).take(format::MAX_LENGTH).read_to_end(&mut content).map_err(fail)?;
-        let (header, state) = format::decode::<State>(&content)
-            .map_err(|source| SnapshotError::Format { path: path.to_owned(), source })?;
+        let (file, id, state) = open_state(path)?;
         if state.cpu[..3] != host_cpu()[..3] {
             return Err(SnapshotError::Cpu.into());
         }
@@ -374,7 +383,7 @@ impl Opened {
         }
         let path = memory.unwrap_or(&state.mem_file_path);
         let memory = files::open_image("mem_file_path", path)?;
-        memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(header.id))
+        memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(id))
             .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
         let files = [identity(&file).map_err(fail)?, identity(&memory).map_err(fail)?];
         Ok(Self { state, memory, files })
@@ -449,6 +458,21 @@ fn write_memory(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<(
     memory::write(&machine.ram, pages, &pagemap, id, draft.file()).map_err(fail)?;
     draft.sync().map_err(file_error("write"))?;
     Ok(draft.publish().map_err(file_error("create"))?)
+}
+
+/// The state in a file, and the snapshot it is of.
+///
+/// # Errors
+/// It cannot be read, or is no state of this release.
+pub fn read_state(path: &Path) -> Result<(Id, State), SnapshotError> {
+    open_state(path).map(|(_, id, state)| (id, state))
+}
+
+fn open_state(path: &Path) -> Result<(File, Id, State), SnapshotError> {
+    let fail = |source| SnapshotError::Format { path: path.to_owned(), source };
+    let (file, content) = format::read(path).map_err(fail)?;
+    let (header, state) = format::decode(&content).map_err(fail)?;
+    Ok((file, header.id, state))
 }
 
 /// Refuses to write over what the running guest is made of: its memory file, its images, its drives.

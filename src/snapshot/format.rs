@@ -10,6 +10,11 @@
 //! Numbers are little-endian. Magic, version, architecture and checksum stand outside the body, so that a
 //! file of another release is named as such and is not taken for a broken one.
 
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -53,6 +58,9 @@ pub enum Error {
         /// In the file.
         expected: u32,
     },
+    /// The host does not give it.
+    #[error("it cannot be read")]
+    Read(#[source] io::Error),
     /// The body is not a state.
     #[error("its content makes no sense")]
     Body(#[source] postcard::Error),
@@ -65,6 +73,30 @@ pub struct Header {
     pub version: u16,
     /// The snapshot.
     pub id: Id,
+}
+
+/// A file that may be a state file, and as much of its content as a state file can have.
+///
+/// # Errors
+/// The host does not give it.
+pub fn read(path: &Path) -> Result<(File, Vec<u8>), Error> {
+    let mut content = Vec::new();
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = file.map_err(Error::Read)?;
+    (&file).take(MAX_LENGTH).read_to_end(&mut content).map_err(Error::Read)?;
+    Ok((file, content))
+}
+
+/// The format version of the state file at `path`, which another release may have written. One of
+/// this release's version is checked whole.
+///
+/// # Errors
+/// It cannot be read, or is no state file, or damaged.
+pub fn version_of(path: &Path) -> Result<u16, Error> {
+    match check(&read(path)?.1) {
+        Ok(Header { version, .. }) | Err(Error::Version(version)) => Ok(version),
+        Err(error) => Err(error),
+    }
 }
 
 /// A state file's content.
@@ -173,6 +205,23 @@ mod tests {
         file[10] = 2;
         assert!(matches!(check(&file), Err(Error::Architecture(2))));
         assert!(matches!(check(b"#!/bin/sh"), Err(Error::Magic)));
+    }
+
+    #[test]
+    fn the_version_of_a_file_is_told_whatever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        assert!(matches!(version_of(&path), Err(Error::Read(_))));
+        let mut file = encode([0; 16], &STATE).unwrap();
+        for version in [VERSION, VERSION + 1] {
+            file[8..10].copy_from_slice(&version.to_le_bytes());
+            std::fs::write(&path, &file).unwrap();
+            assert_eq!(version_of(&path).unwrap(), version);
+        }
+        file[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        file[50] ^= 1;
+        std::fs::write(&path, &file).unwrap();
+        assert!(matches!(version_of(&path), Err(Error::Checksum { .. })));
     }
 
     #[test]

@@ -139,8 +139,7 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &Fil
         })?;
         offset += slot.size;
     }
-    let trailer = [&TRAILER_MAGIC[..], &id].concat();
-    file.write_all_at(&trailer, ram.size()).map_err(fail("write it"))
+    mark(file, ram.size(), id)
 }
 
 /// Drops every page of `ram` that differs from the memory file it came from: it is as it was loaded.
@@ -186,8 +185,11 @@ fn write_out(file: &File, host: u64, length: u64, offset: u64) -> Result<(), Err
     Ok(())
 }
 
-/// The pieces of `file` up to `size` that are not holes, by ascending offset.
-fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
+/// The pieces of `file` up to `size` that are not holes, in whole pages, by ascending offset.
+///
+/// # Errors
+/// The file system does not say.
+pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     let mut found = Vec::new();
     let mut at = 0;
     while at < size {
@@ -213,6 +215,29 @@ fn seek(file: &File, offset: u64, whence: i32) -> io::Result<Option<u64>> {
     }
 }
 
+/// Marks `file` as the memory, of `size` bytes, of snapshot `id`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn mark(file: &File, size: u64, id: Id) -> Result<(), Error> {
+    let trailer = [&TRAILER_MAGIC[..], &id].concat();
+    file.write_all_at(&trailer, size).map_err(|source| Error::Io("write it", source))
+}
+
+/// The size of guest memory that `file` is as long as, and the snapshot it belongs to.
+///
+/// # Errors
+/// It is no memory file.
+pub fn identify(file: &File) -> Result<(u64, Id), Error> {
+    let fail = |what| move |source| Error::Io(what, source);
+    let length = file.metadata().map_err(fail("look at it"))?.len();
+    let size = length.checked_sub(TRAILER).filter(|size| size % PAGE_SIZE == 0).ok_or(Error::NotMemory)?;
+    let mut trailer = [0; TRAILER as usize];
+    file.read_exact_at(&mut trailer, size).map_err(fail("read it"))?;
+    let id = trailer.strip_prefix(&TRAILER_MAGIC).and_then(|id| id.try_into().ok()).ok_or(Error::NotMemory)?;
+    Ok((size, id))
+}
+
 /// Checks that `file` may hold `size` bytes of RAM and, if `id` is given, that it belongs to that
 /// snapshot. Its content is not looked at.
 ///
@@ -223,11 +248,6 @@ pub fn check(file: &File, size: u64, id: Option<Id>) -> Result<(), Error> {
     if found != size + TRAILER {
         return Err(Error::Size { found, expected: size });
     }
-    let mut trailer = [0; TRAILER as usize];
-    file.read_exact_at(&mut trailer, size).map_err(|source| Error::Io("read it", source))?;
-    match trailer.strip_prefix(&TRAILER_MAGIC) {
-        None => Err(Error::NotMemory),
-        Some(theirs) if id.is_some_and(|id| theirs != id) => Err(Error::OtherSnapshot),
-        Some(_) => Ok(()),
-    }
+    let (_, theirs) = identify(file)?;
+    if id.is_some_and(|id| theirs != id) { Err(Error::OtherSnapshot) } else { Ok(()) }
 }

@@ -4,6 +4,7 @@ mod bench;
 mod image;
 mod net;
 mod run;
+mod snapshot;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -15,11 +16,13 @@ A launcher for microVMs.
 
 Usage: vesiclectl run [OPTION]... [-- COMMAND...]
        vesiclectl image build --output FILE [OPTION]... SOURCE
+       vesiclectl snapshot inspect|verify|merge FILE...
        vesiclectl bench OPTION...
 
-  run      run a command in a microVM
-  image    make a root file system
-  bench    measure VMMs
+  run        run a command in a microVM
+  image      make a root file system
+  snapshot   look at snapshots, merge them
+  bench      measure VMMs
 
 `vesiclectl SUBCOMMAND --help` says more.
 ";
@@ -56,6 +59,13 @@ fn command() -> Result<u8, Box<dyn Error>> {
                 return Ok(0);
             }
             print!("{}", image::HELP);
+        }
+        Some(Arg::Value(name)) if name == "snapshot" => {
+            if let Some(task) = snapshot::Task::parse(&mut parser).map_err(usage)? {
+                task.run()?;
+                return Ok(0);
+            }
+            print!("{}", snapshot::HELP);
         }
         Some(Arg::Value(name)) if name == "bench" => {
             if let Some(bench) = bench::Arguments::parse(&mut parser)? {

@@ -10,6 +10,7 @@ use super::counters::{Counters, Counts};
 use super::figures::Part;
 use super::guest::{FLAT_DIRTY, Files, Job, MEMORY_MIB};
 use super::process;
+use super::snapshot;
 use super::subject::{Api, Process, Subject};
 use super::tap::{self, Host};
 use super::vsock;
@@ -100,11 +101,11 @@ const NATIVE: &[Experiment] = &[
 
 /// The measurements of a part.
 pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
-    let (own, others): (&[_], [&[_]; 2]) = match part {
-        Part::Deterministic => (DETERMINISTIC, [vsock::EXPERIMENTS, &NET]),
-        Part::Native => (NATIVE, [&[]; 2]),
+    let (own, others): (&[_], &[&[_]]) = match part {
+        Part::Deterministic => (DETERMINISTIC, &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET]),
+        Part::Native => (NATIVE, &[snapshot::NATIVE]),
     };
-    own.iter().chain(others.into_iter().flatten())
+    own.iter().chain(others.iter().copied().flatten())
 }
 
 /// Everything a measurement needs.
@@ -203,12 +204,14 @@ impl Bench {
         Ok(Process::start(subject.path(), &["--no-api", "--config-file", &file.to_string_lossy()])?)
     }
 
-    fn resident(&self, process: &Process) -> Result<process::Resident, Box<dyn Error>> {
+    /// Memory of a VMM.
+    pub fn resident(&self, process: &Process) -> Result<process::Resident, Box<dyn Error>> {
         process::resident(process.id(), &[&self.files.path("vmlinux"), &self.files.path("initramfs")])
     }
 }
 
-fn seconds(start: Instant, end: Instant) -> f64 {
+/// From `start` to `end`.
+pub fn seconds(start: Instant, end: Instant) -> f64 {
     end.saturating_duration_since(start).as_secs_f64()
 }
 

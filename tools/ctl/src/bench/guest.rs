@@ -50,7 +50,8 @@ impl Files {
         let files = Self { dir };
         files.copy(kernel, "vmlinux")?;
         files.copy(initramfs, "initramfs")?;
-        fs::write(files.path("flat"), flat())?;
+        fs::write(files.path("flat"), flat(Then::Halt))?;
+        fs::write(files.path("busy"), flat(Then::Again))?;
         files.write_drive()?;
         Ok(files)
     }
@@ -123,17 +124,33 @@ impl Files {
 
     /// The configuration of the flat guest.
     pub fn flat_configuration(&self) -> Value {
-        json!({ "boot-source": { "kernel_image_path": self.path("flat") }, "machine-config": machine(), "drives": [] })
+        self.configuration_of("flat")
     }
+
+    /// The configuration of the flat guest that never comes to rest.
+    pub fn busy_configuration(&self) -> Value {
+        self.configuration_of("busy")
+    }
+
+    fn configuration_of(&self, kernel: &str) -> Value {
+        json!({ "boot-source": { "kernel_image_path": self.path(kernel) }, "machine-config": machine(), "drives": [] })
+    }
+}
+
+/// What a flat guest does when it has written to all its pages.
+#[derive(Debug, Clone, Copy)]
+enum Then {
+    Halt,
+    Again,
 }
 
 fn machine() -> Value {
     json!({ "vcpu_count": 1, "mem_size_mib": MEMORY_MIB })
 }
 
-/// A 64-bit ELF program that writes to every page of [`FLAT_DIRTY`] bytes and halts. It needs no interrupts, no devices
+/// A 64-bit ELF program that writes to every page of [`FLAT_DIRTY`] bytes and halts or begins again. It needs no interrupts, no devices
 /// and nothing of the processor beyond its integer instructions, so that any KVM runs it.
-fn flat() -> Vec<u8> {
+fn flat(then: Then) -> Vec<u8> {
     const ADDRESS: u64 = 1 << 20;
     const HEADERS: u64 = 64 + 56;
     const PAGE: usize = 4096;
@@ -145,7 +162,10 @@ fn flat() -> Vec<u8> {
     code.extend([0xc6, 0x07, 0x01]); // again: mov byte [rdi], 1
     code.extend([0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00]); // add rdi, 4096
     code.extend([0xff, 0xc9, 0x75, 0xf2]); // dec ecx; jnz again
-    code.extend([0xf4, 0xeb, 0xfd]); // halt: hlt; jmp halt
+    match then {
+        Then::Halt => code.extend([0xf4, 0xeb, 0xfd]), // halt: hlt; jmp halt
+        Then::Again => code.extend([0xeb, 0xe6]),      // jmp to the beginning
+    }
 
     let size = HEADERS + code.len() as u64;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
@@ -167,7 +187,7 @@ mod tests {
 
     #[test]
     fn the_flat_guest_is_an_elf_file_of_one_page_that_ends_in_a_halt() {
-        let file = flat();
+        let file = flat(Then::Halt);
         assert_eq!((file.len(), &file[..4]), (4096, &b"\x7fELF"[..]));
         let entry = u64::from_le_bytes(file[24..32].try_into().unwrap());
         assert_eq!(entry, (1 << 20) + 120);

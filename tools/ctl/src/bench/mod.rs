@@ -3,7 +3,7 @@
 //! - [`figures`] says what there is to measure, and what the goals are.
 //! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
 //! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
-//! - [`vsock`] has those that talk to the guest.
+//! - [`snapshot`] has those that save and load, [`vsock`] those that talk to the guest.
 //! - [`tap`] is the other end of its network.
 //! - [`counters`] and [`process`] look at it from outside.
 //! - [`report`] is the table and the JSON.
@@ -14,6 +14,7 @@ mod figures;
 mod guest;
 mod process;
 mod report;
+mod snapshot;
 mod subject;
 mod tap;
 mod vsock;

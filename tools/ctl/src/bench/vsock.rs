@@ -10,9 +10,10 @@ use super::experiments::{Bench, Experiment, counts, experiment, instance_start};
 use super::guest::Job;
 use super::subject::{Api, Subject};
 
-/// What the guest listens on, and where it says so; see resources/bench/vsock.rs.
+/// What the guest listens on; see resources/bench/vsock.rs.
 const LISTEN_PORT: u32 = 5000;
-const READY_PORT: u32 = 1234;
+/// Where the guest says that it does, on the host.
+pub const READY_PORT: u32 = 1234;
 /// Round trips of one byte, and of a message.
 const BYTES: u32 = 200;
 const MESSAGES: u32 = 64;
@@ -70,22 +71,27 @@ impl Talk {
         Ok(Self { stream, connected, _api: api })
     }
 
-    /// Sends `count` messages of `length` bytes, each when the one before has come back. Returns seconds.
+    /// As [`echo`].
     fn echo(&mut self, length: usize, count: u32) -> Result<f64, Box<dyn Error>> {
-        let message: Vec<u8> = (0..length).map(|i| (i * 7) as u8).collect();
-        let mut answer = vec![0; length];
-        let start = Instant::now();
-        for _ in 0..count {
-            self.stream.write_all(&message)?;
-            self.stream.read_exact(&mut answer)?;
-        }
-        let took = start.elapsed();
-        if answer == message { Ok(took.as_secs_f64()) } else { Err("the answer differs from the message".into()) }
+        echo(&mut self.stream, length, count)
     }
 }
 
+/// Sends `count` messages of `length` bytes, each when the one before has come back. Returns seconds.
+pub fn echo(stream: &mut UnixStream, length: usize, count: u32) -> Result<f64, Box<dyn Error>> {
+    let message: Vec<u8> = (0..length).map(|i| (i * 7 + 1) as u8).collect();
+    let mut answer = vec![0; length];
+    let start = Instant::now();
+    for _ in 0..count {
+        stream.write_all(&message)?;
+        stream.read_exact(&mut answer)?;
+    }
+    let took = start.elapsed();
+    if answer == message { Ok(took.as_secs_f64()) } else { Err("the answer differs from the message".into()) }
+}
+
 /// Connects to the guest.
-fn dial(path: &std::path::Path) -> Result<UnixStream, Box<dyn Error>> {
+pub fn dial(path: &std::path::Path) -> Result<UnixStream, Box<dyn Error>> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(LIMIT))?;
     writeln!(stream, "CONNECT {LISTEN_PORT}")?;
