@@ -4,6 +4,7 @@
 //! `convert` turns it into the configuration types, which are.
 
 mod cpu;
+mod snapshot;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -14,6 +15,10 @@ use serde::ser::{SerializeSeq, Serializer};
 use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier, MsrModifier};
+pub use snapshot::{
+    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreateParams, SnapshotLoadParams,
+    SnapshotResetParams, SnapshotType, VsockOverride,
+};
 
 /// The body of every refusal.
 #[derive(Debug, Serialize, Deserialize)]
@@ -518,122 +523,4 @@ impl<'de, const LIST: bool> Deserialize<'de> for Placeholder<LIST> {
         };
         Ok(Self { present })
     }
-}
-
-/// PUT /snapshot/create.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotCreateParams {
-    /// The state file.
-    pub snapshot_path: PathBuf,
-    /// The memory file.
-    pub mem_file_path: PathBuf,
-    /// What the memory file holds.
-    #[serde(default)]
-    pub snapshot_type: SnapshotType,
-}
-
-/// See [`SnapshotCreateParams::snapshot_type`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum SnapshotType {
-    /// Everything.
-    #[default]
-    Full,
-    /// What changed.
-    Diff,
-}
-
-/// PUT /snapshot/load.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotLoadParams {
-    /// The state file.
-    pub snapshot_path: PathBuf,
-    /// Where guest memory comes from.
-    pub mem_backend: Option<MemoryBackend>,
-    /// Deprecated: the memory file.
-    pub mem_file_path: Option<PathBuf>,
-    /// Deprecated: track_dirty_pages.
-    pub enable_diff_snapshots: Option<bool>,
-    /// Keep a record of the pages the guest writes.
-    pub track_dirty_pages: Option<bool>,
-    /// Run at once.
-    #[serde(default)]
-    pub resume_vm: bool,
-    /// Other TAPs.
-    #[serde(default)]
-    pub network_overrides: Vec<NetworkOverride>,
-    /// Another path for vsock.
-    pub vsock_override: Option<VsockOverride>,
-    /// Other drive files.
-    #[serde(default)]
-    pub drive_overrides: Vec<DriveOverride>,
-    /// The guest's clock catches up.
-    #[serde(default)]
-    pub clock_realtime: bool,
-    /// Another backing of guest RAM.
-    pub huge_pages: Option<HugePages>,
-}
-
-/// See [`SnapshotLoadParams::mem_backend`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryBackend {
-    /// Its kind.
-    pub backend_type: MemoryBackendType,
-    /// The memory file, or the socket of the page fault handler.
-    pub backend_path: PathBuf,
-}
-
-/// See [`MemoryBackend::backend_type`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryBackendType {
-    /// A file is mapped.
-    File,
-    /// A process serves page faults.
-    Uffd,
-}
-
-/// See [`SnapshotLoadParams::network_overrides`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkOverride {
-    /// Which interface.
-    pub iface_id: String,
-    /// Its TAP.
-    pub host_dev_name: String,
-}
-
-/// See [`SnapshotLoadParams::vsock_override`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockOverride {
-    /// Where host processes connect.
-    pub uds_path: PathBuf,
-}
-
-/// See [`SnapshotLoadParams::drive_overrides`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DriveOverride {
-    /// Which drive.
-    pub drive_id: String,
-    /// Its file.
-    pub path_on_host: PathBuf,
-}
-
-/// PUT /snapshot/reset.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotResetParams {
-    /// Run at once.
-    #[serde(default = "yes")]
-    pub resume_vm: bool,
-    /// Leave on the drives what the guest wrote.
-    #[serde(default)]
-    pub keep_drive_writes: bool,
-}
-
-fn yes() -> bool {
-    true
 }

@@ -12,6 +12,8 @@
 //! guest memory. If I/O is in flight, the vCPU sleeps, without the lock, until the vmm thread has
 //! seen it complete.
 
+mod saved;
+
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -24,7 +26,6 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::state::SavedQueue;
 use super::{
     Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Line, Progress, Source, StateError, Violation,
     VirtioDevice, VirtioState, Virtqueue, Window,
@@ -445,69 +446,6 @@ impl Transport {
         if self.status & DRIVER_OK != 0 {
             self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
         }
-    }
-
-    fn save(&self) -> VirtioState {
-        let mut positions = self.device.positions().into_iter();
-        let mut config_space = vec![0; CONFIG_SPACE_SIZE];
-        self.device.read_config(0, &mut config_space);
-        VirtioState {
-            kind: self.device.kind() as u32,
-            status: self.status,
-            device_features_sel: self.device_features_sel,
-            driver_features_sel: self.driver_features_sel,
-            driver_features: self.driver_features,
-            alien_features: self.alien_features,
-            queue_sel: self.queue_sel,
-            queues: self.queues.iter().map(|q| SavedQueue::new(q, positions.next().unwrap_or_default())).collect(),
-            config_generation: self.config_generation,
-            interrupt: self.interrupt.status(),
-            config_space,
-        }
-    }
-
-    fn restore(&mut self, state: &VirtioState) -> Result<(), StateError> {
-        let (kind, queues) = (self.device.kind() as u32, self.device.queue_sizes().len());
-        let alien = state.driver_features & !self.offered_features();
-        if state.kind != kind {
-            return Err(StateError::Kind { found: state.kind, expected: kind });
-        }
-        if state.queues.len() != queues {
-            return Err(StateError::Queues { found: state.queues.len(), expected: queues });
-        }
-        if state.status & FEATURES_OK != 0 && alien != 0 {
-            return Err(StateError::Features(alien));
-        }
-        if state.status & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET) != 0
-            || state.status & DRIVER_OK != 0 && state.status & FEATURES_OK == 0
-        {
-            return Err(StateError::Status(state.status));
-        }
-        self.status = state.status & !DRIVER_OK;
-        self.device_features_sel = state.device_features_sel;
-        self.driver_features_sel = state.driver_features_sel;
-        self.driver_features = state.driver_features;
-        self.alien_features = state.alien_features;
-        self.queue_sel = state.queue_sel;
-        self.config_generation = state.config_generation;
-        let sizes = self.device.queue_sizes();
-        self.queues = state.queues.iter().zip(sizes).map(|(queue, &size)| queue.registers(size)).collect();
-        self.interrupt.restore(state.interrupt);
-        if state.status & DRIVER_OK != 0 {
-            // A device that had failed stays failed: the driver has still to reset it.
-            if state.status & (FAILED | NEEDS_RESET) == 0 {
-                self.activate();
-                self.device.on_restored();
-            }
-            self.status |= DRIVER_OK;
-        }
-        self.publish_all();
-        let mut space = vec![0; CONFIG_SPACE_SIZE];
-        self.device.read_config(0, &mut space);
-        if space != state.config_space {
-            self.config_changed();
-        }
-        Ok(())
     }
 
     fn complete_reset(&mut self) {
