@@ -11,10 +11,12 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::num::NonZeroUsize;
+use std::ops::{Deref, Range};
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 
+use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap, VolatileSlice,
@@ -23,10 +25,15 @@ use vm_memory::{
 use crate::config::{FIRST_IRQ, HugePages, MAX_VIRTIO_DEVICES};
 
 /// All of guest RAM; cheap to clone.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+pub type GuestMemory = vm_memory::GuestMemoryMmap<Written>;
+/// Which pages this process wrote, if that is tracked; what the guest wrote is known to KVM.
+pub type Written = Option<AtomicBitmap>;
+type Region = GuestRegionMmap<Written>;
+type Slice<'a> = VolatileSlice<'a, BS<'a, Written>>;
 
 /// Size of a base page in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+const PAGE: NonZeroUsize = NonZeroUsize::new(PAGE_SIZE as usize).unwrap();
 /// One mebibyte in bytes.
 pub const MIB: u64 = 1 << 20;
 /// Where RAM stops below 4 GiB and device addresses begin.
@@ -176,11 +183,25 @@ impl GuestRam {
     /// # Errors
     /// `size` is 0 or not a multiple of the page size, or the host refuses.
     pub fn new(size: u64, huge_pages: HugePages) -> Result<Self, Error> {
+        Self::reserve(size, huge_pages, false)
+    }
+
+    /// The same, with a record of the pages that this process writes.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn tracked(size: u64, huge_pages: HugePages) -> Result<Self, Error> {
+        Self::reserve(size, huge_pages, true)
+    }
+
+    fn reserve(size: u64, huge_pages: HugePages, track: bool) -> Result<Self, Error> {
         let page_size = if huge_pages == HugePages::Size2M { HUGE_PAGE_SIZE } else { PAGE_SIZE };
         if size == 0 || !size.is_multiple_of(page_size) {
             return Err(Error::Size { size, page_size });
         }
-        let regions = ranges(size).map(|(gpa, len)| reserve(gpa, len, huge_pages)).collect::<Result<_, _>>()?;
+        let written = |len| track.then(|| AtomicBitmap::new(len as usize, PAGE));
+        let regions = ranges(size).map(|(gpa, len)| reserve(gpa, len, huge_pages, written(len)));
+        let regions = regions.collect::<Result<_, _>>()?;
         let memory = GuestMemory::from_regions(regions).map_err(Error::Layout)?;
         Ok(Self { memory, huge_pages, mapped: Mutex::default(), base: None })
     }
@@ -212,6 +233,13 @@ impl GuestRam {
     /// The first address after the RAM below the MMIO gap.
     pub fn low_end(&self) -> u64 {
         self.size().min(MMIO_GAP_START)
+    }
+
+    /// Which pages this process wrote since the last call, a bit each, for every slot; `None` unless
+    /// that is tracked.
+    pub fn take_written(&self) -> Option<Vec<Vec<u64>>> {
+        let take = |region: &Region| Some(Deref::deref(region).bitmap().as_ref()?.get_and_reset());
+        self.memory.iter().map(take).collect()
     }
 
     /// Where images are mapped: ascending ranges of whole pages, as offsets into RAM without the gap.
@@ -337,11 +365,18 @@ impl GuestRam {
         Ok(())
     }
 
-    fn slice(&self, gpa: u64, len: u64) -> Result<VolatileSlice<'_>, Error> {
+    fn slice(&self, gpa: u64, len: u64) -> Result<Slice<'_>, Error> {
         let outside = Error::OutsideRam { gpa, len };
         let Ok(count) = usize::try_from(len) else { return Err(outside) };
         self.memory.get_slice(GuestAddress(gpa), count).map_err(|_| outside)
     }
+}
+
+/// Memory of the given pieces, for tests.
+#[cfg(test)]
+pub fn pieces(pieces: &[(u64, u64)]) -> GuestMemory {
+    let regions = pieces.iter().map(|&(gpa, size)| reserve(gpa, size, HugePages::None, None).unwrap());
+    GuestMemory::from_regions(regions.collect()).unwrap()
 }
 
 /// Splits `size` bytes of RAM around the MMIO gap and into slots KVM can take.
@@ -353,13 +388,13 @@ fn ranges(size: u64) -> impl Iterator<Item = (u64, u64)> {
     std::iter::once((0, low)).chain(above)
 }
 
-fn reserve(gpa: u64, size: u64, huge_pages: HugePages) -> Result<GuestRegionMmap, Error> {
+fn reserve(gpa: u64, size: u64, huge_pages: HugePages, written: Written) -> Result<Region, Error> {
     let backing = match huge_pages {
         HugePages::Size2M => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         HugePages::None | HugePages::Transparent => libc::MAP_NORESERVE,
     };
     let region = usize::try_from(size).map_err(|_| MmapRegionError::InvalidOffsetLength).and_then(|size| {
-        MmapRegionBuilder::new(size)
+        MmapRegionBuilder::new_with_bitmap(size, written)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | backing)
             .with_hugetlbfs(huge_pages == HugePages::Size2M)
@@ -383,7 +418,7 @@ fn reserve(gpa: u64, size: u64, huge_pages: HugePages) -> Result<GuestRegionMmap
     Ok(region)
 }
 
-fn advise(slice: &VolatileSlice<'_>, advice: libc::c_int, name: &'static str) -> Result<(), Error> {
+fn advise(slice: &Slice<'_>, advice: libc::c_int, name: &'static str) -> Result<(), Error> {
     // SAFETY: the range lies within one of our mappings, and none of the advice used here
     // changes what the memory holds.
     let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) };

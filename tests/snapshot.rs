@@ -3,8 +3,9 @@
 
 mod common;
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -125,9 +126,9 @@ fn what_cannot_be_loaded_is_refused_with_a_reason_and_ends_the_process() {
     for (content, reason) in loads {
         fs::write(&snapshot.state, &content).unwrap();
         if content == state {
-            let memory = fs::File::options().write(true).open(&snapshot.memory).unwrap();
+            let memory = File::options().write(true).open(&snapshot.memory).unwrap();
             let size = memory.metadata().unwrap().len();
-            std::os::unix::fs::FileExt::write_all_at(&memory, &[0xee; 16], size - 16).unwrap();
+            memory.write_all_at(&[0xee; 16], size - 16).unwrap();
         }
         let mut next = Guest::tuned().no_job().launch();
         let refusal = next.refused_put("/snapshot/load", &snapshot.load());
@@ -220,4 +221,53 @@ fn a_prepared_process_only_waits_for_the_load() {
     let refusal = vm.refused_put("/snapshot/load", &other.load());
     assert!(refusal.contains("prepared for another snapshot"), "{refusal}");
     assert_eq!(vm.wait_exit().code(), Some(1));
+}
+
+#[test]
+fn with_track_dirty_pages_a_diff_holds_what_was_written_since_the_last_snapshot() {
+    let vm = Guest::tuned().configure();
+    vm.patch("/machine-config", &json!({ "track_dirty_pages": true }));
+    vm.start();
+    let mut vm = vm;
+    vm.wait_until_ready();
+    let snapshot = Snapshot::new();
+    vm.pause();
+    // Nothing was saved yet: a Diff is everything.
+    vm.put("/snapshot/create", &snapshot.create("Diff"));
+    let whole = allocated(&snapshot.memory);
+    for round in 0..2 {
+        vm.resume();
+        // Through the page cache from a drive: pages that the VMM writes, not the guest's CPU.
+        vm.ok(&format!(
+            "dd if=/dev/vda of=/run/read{round} bs=64k count=4 2>/dev/null; sha256sum /run/read* >/run/sum"
+        ));
+        vm.ok("head -c 300000 /dev/urandom >/run/random; sha256sum /run/random >>/run/sum");
+        vm.pause();
+        let alone = Snapshot::new();
+        let merged = fs::read(&snapshot.memory).unwrap();
+        vm.put("/snapshot/create", &alone.create("Diff"));
+        assert!(allocated(&alone.memory) < whole / 4, "{} of {whole}", allocated(&alone.memory));
+        merge(&alone.memory, &snapshot.memory);
+        assert_ne!(fs::read(&snapshot.memory).unwrap(), merged);
+        fs::copy(&alone.state, &snapshot.state).unwrap();
+    }
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &snapshot.load());
+    vm.ok("sha256sum -c /run/sum");
+    vm.shut_down();
+}
+
+/// Writes the data of one sparse file over another. Zeroes that are data are data.
+fn merge(from: &Path, to: &Path) {
+    let (from, to) = (File::open(from).unwrap(), File::options().write(true).open(to).unwrap());
+    // SAFETY: the call has no memory of ours in it.
+    let seek = |offset: u64, whence| unsafe { libc::lseek(from.as_raw_fd(), offset as i64, whence) };
+    let mut end = 0;
+    while let Ok(start) = u64::try_from(seek(end, libc::SEEK_DATA)) {
+        end = seek(start, libc::SEEK_HOLE) as u64;
+        let mut data = vec![0; (end - start) as usize];
+        from.read_exact_at(&mut data, start).unwrap();
+        to.write_all_at(&data, start).unwrap();
+    }
 }

@@ -125,6 +125,11 @@ impl Vm {
         unsafe { self.fd.create_vcpu_from_rawfd(copy) }.map_err(ioctl("mmap of a vCPU"))
     }
 
+    /// Which pages of slot `index`, `size` bytes long, the guest wrote since the last call, a bit each.
+    pub fn take_dirty_log(&self, index: u32, size: u64) -> Result<Vec<u64>, Error> {
+        self.fd.get_dirty_log(index, size as usize).map_err(ioctl("KVM_GET_DIRTY_LOG"))
+    }
+
     /// Reads the state of interrupt controllers, timer and clock while no vCPU runs.
     pub fn save(&self) -> Result<VmState, Error> {
         VmState::save(&self.fd)

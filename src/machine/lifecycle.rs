@@ -66,6 +66,8 @@ pub(super) struct Machine {
     pub(super) kvm: Kvm,
     pub(super) vm: Arc<Vm>,
     pub(super) ram: GuestRam,
+    /// There is a memory file that the record of written pages begins at.
+    pub(super) has_base: bool,
     windows: Windows,
 }
 
@@ -77,7 +79,7 @@ impl Machine {
             .zip(vcpu_fds)
             .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
             .collect::<Result<_, _>>()?;
-        Ok(Self { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, windows })
+        Ok(Self { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows })
     }
 
     /// Where its devices go.
@@ -88,6 +90,18 @@ impl Machine {
     /// What of it has a state; only once there are handles.
     pub(super) fn parts(&self) -> Parts<'_> {
         Parts { vcpus: &self.handles, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    }
+
+    /// Which pages were written, by the guest or by this process, since the last call or the start; a bit
+    /// each, for every slot. `None` unless that is tracked.
+    pub(super) fn take_written(&self) -> Result<Option<Vec<Vec<u64>>>, Error> {
+        let Some(mut written) = self.ram.take_written() else { return Ok(None) };
+        for ((index, slot), words) in (0..).zip(self.ram.slots()).zip(&mut written) {
+            for (word, by_guest) in words.iter_mut().zip(self.vm.take_dirty_log(index, slot.size)?) {
+                *word |= by_guest;
+            }
+        }
+        Ok(Some(written))
     }
 
     /// Has a handle for each vCPU in `handles`; they are parked.

@@ -93,7 +93,8 @@ impl Shell {
     /// [`crate::kvm`]).
     pub fn new(layout: &Layout, devices: usize, boot_timer: Option<BootTimer>) -> Result<Self, Error> {
         let kvm = Kvm::open(&layout.kvm_capabilities)?;
-        let ram = GuestRam::new(layout.ram_bytes, layout.huge_pages)?;
+        let reserve = if layout.log_dirty { GuestRam::tracked } else { GuestRam::new };
+        let ram = reserve(layout.ram_bytes, layout.huge_pages)?;
         let windows = Windows::new(devices);
         // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
         // drops them after it.

@@ -245,7 +245,10 @@ impl Vmm {
         let draft = Draft::create(path).map_err(fail("create"))?;
         draft.file().write_all_at(&content, 0).map_err(fail("write"))?;
         draft.sync().map_err(fail("write"))?;
-        write_memory(machine, request, id)?;
+        // Should it fail, the record of written pages that it takes begins nowhere any more.
+        let has_base = std::mem::take(&mut machine.has_base);
+        write_memory(machine, request, has_base, id)?;
+        machine.has_base = true;
         Ok(draft.publish().map_err(fail("create"))?)
     }
 
@@ -297,6 +300,7 @@ impl Vmm {
         same("virtio devices", state.virtio.len(), devices.len())?;
         machine.sockets().plug(devices, kicks)?;
         machine.console = self.console()?;
+        machine.has_base = true;
         state.wake(&machine.parts(), request.clock_realtime)?;
         Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap }))
     }
@@ -437,25 +441,28 @@ impl Origin {
     }
 }
 
-fn write_memory(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<(), Error> {
+fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id: Id) -> Result<(), Error> {
     let path = &request.mem_file_path;
     let fail = |source| SnapshotError::Memory { path: path.clone(), source };
     let file_error = |what| move |source| SnapshotError::File { what, path: path.clone(), source };
     let pagemap = Pagemap::open().map_err(fail)?;
-    let pages = match request.kind {
-        SnapshotKind::Full => Pages::All,
-        SnapshotKind::Diff => Pages::Changed,
+    // Taken in any case: the next Diff begins here.
+    let written = machine.take_written()?.filter(|_| has_base);
+    let pages = match (request.kind, written) {
+        (SnapshotKind::Full, _) => Pages::All,
+        (SnapshotKind::Diff, Some(written)) => Pages::Noted(written),
+        (SnapshotKind::Diff, None) => Pages::Changed,
     };
     if request.kind == SnapshotKind::Diff && path.exists() {
         // In place: the whole of it is only there again when this is done.
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.map_err(file_error("open"))?;
         memory::check(&file, machine.ram.size(), None).map_err(fail)?;
-        memory::write(&machine.ram, pages, &pagemap, id, &file).map_err(fail)?;
+        memory::write(&machine.ram, &pages, &pagemap, id, &file).map_err(fail)?;
         return Ok(file.sync_all().map_err(file_error("write"))?);
     }
     let draft = Draft::create(path).map_err(file_error("create"))?;
-    memory::write(&machine.ram, pages, &pagemap, id, draft.file()).map_err(fail)?;
+    memory::write(&machine.ram, &pages, &pagemap, id, draft.file()).map_err(fail)?;
     draft.sync().map_err(file_error("write"))?;
     Ok(draft.publish().map_err(file_error("create"))?)
 }

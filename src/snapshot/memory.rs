@@ -98,12 +98,14 @@ impl Pagemap {
 }
 
 /// Which pages of RAM go into the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pages {
     /// All that are not zero because nobody ever touched them.
     All,
     /// Those that differ from the memory file that RAM came from; all, if it came from none.
     Changed,
+    /// Those that were noted as written, a bit each, for every slot of RAM.
+    Noted(Vec<Vec<u64>>),
 }
 
 /// Writes `pages` of `ram` into `file`, which is empty or holds earlier pages of the same RAM, and
@@ -111,18 +113,43 @@ pub enum Pages {
 ///
 /// # Errors
 /// The file cannot be written: the disk is full, say. Or there is no /proc.
-pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<(), Error> {
+pub fn write(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<(), Error> {
     let fail = |what| move |source| Error::Io(what, source);
     file.set_len(ram.size() + TRAILER).map_err(fail("set its size"))?;
-    let base = ram.base().map(|base| data_of(base, ram.size())).transpose().map_err(fail("look at its base"))?;
+    match pages {
+        Pages::Noted(noted) => write_noted(ram, noted, file)?,
+        _ => write_mapped(ram, pages, pagemap, file)?,
+    }
+    mark(file, ram.size(), id)
+}
+
+fn write_noted(ram: &GuestRam, noted: &[Vec<u64>], file: &File) -> Result<(), Error> {
+    let mut offset = 0;
+    for (slot, bits) in ram.slots().zip(noted) {
+        let is_noted = |page: u64| bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0);
+        let mut page = 0;
+        let pages = slot.size / PAGE_SIZE;
+        while let Some(start) = (page..pages).find(|&page| is_noted(page)) {
+            page = (start..pages).find(|&page| !is_noted(page)).unwrap_or(pages);
+            let (from, length) = (start * PAGE_SIZE, (page - start) * PAGE_SIZE);
+            write_out(file, slot.host + from, length, offset + from)?;
+        }
+        offset += slot.size;
+    }
+    Ok(())
+}
+
+fn write_mapped(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, file: &File) -> Result<(), Error> {
+    let base = ram.base().map(|base| data_of(base, ram.size())).transpose();
+    let base = base.map_err(|source| Error::Io("look at its base", source))?;
     let touched = |entry: u64| match base {
         None => entry & (PRESENT | SWAPPED) != 0,
         // A page of the file is as it was there.
         Some(_) => is_private(entry),
     };
     let always = match (&base, pages) {
-        (Some(_), Pages::Changed) => Vec::new(),
         (Some(data), Pages::All) => data.clone(),
+        (Some(_), _) => Vec::new(),
         // Images are mapped: what the guest did not touch of them is not zero either.
         (None, _) => ram.mapped(),
     };
@@ -139,7 +166,7 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &Fil
         })?;
         offset += slot.size;
     }
-    mark(file, ram.size(), id)
+    Ok(())
 }
 
 /// Drops every page of `ram` that differs from the memory file it came from: it is as it was loaded.

@@ -19,19 +19,25 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::QueueState;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Buffers, INTERRUPT_USED_BUFFER, Interrupt, Position, Violation};
 use crate::memory::GuestMemory;
 
 const DESCRIPTOR_SIZE: u64 = 16;
+/// Bytes of the used ring without its elements, and of an element.
+const USED_RING: u64 = 6;
+const USED_ELEMENT: u64 = 8;
 
 /// Guest RAM by host address.
 #[derive(Debug)]
 struct Ram {
     regions: Vec<Region>,
     /// Keeps the regions mapped.
-    _memory: GuestMemory,
+    memory: GuestMemory,
+    /// What is written is noted in `memory`.
+    tracked: bool,
 }
 
 #[derive(Debug)]
@@ -47,7 +53,8 @@ impl Ram {
             .iter()
             .map(|region| Region { start: region.start_addr().0, length: region.len(), host: region.as_ptr() })
             .collect();
-        Self { regions, _memory: memory }
+        let tracked = memory.iter().any(|region| region.bitmap().is_some());
+        Self { regions, memory, tracked }
     }
 
     /// The host address of `address`, and how many bytes follow it in its region.
@@ -56,6 +63,15 @@ impl Ram {
             let offset = address.wrapping_sub(region.start);
             (offset < region.length).then(|| (region.host.wrapping_add(offset as usize), region.length - offset))
         })
+    }
+
+    /// Notes that `length` bytes at `address` are written, or will be before the chain is used.
+    fn mark(&self, address: u64, length: u64) {
+        if self.tracked
+            && let Some(region) = self.memory.find_region(GuestAddress(address))
+        {
+            region.bitmap().mark_dirty((address - region.start_addr().0) as usize, length as usize);
+        }
     }
 
     /// The host address of `length` bytes at `address`, if all are in one region.
@@ -80,6 +96,8 @@ pub struct Virtqueue {
     descriptors: *const u8,
     available: *const AtomicU16,
     used: *const AtomicU16,
+    /// Its guest physical address.
+    used_ring: u64,
     /// The next entry of the available ring to take, and the end of those known to be there.
     next_available: Wrapping<u16>,
     end_available: Wrapping<u16>,
@@ -120,7 +138,7 @@ impl Virtqueue {
         // boundaries, so what is aligned for the guest is aligned here.
         let descriptors = place("descriptor table", state.desc_table, DESCRIPTOR_SIZE * u64::from(size), 16)?;
         let available = place("available ring", state.avail_ring, 6 + 2 * u64::from(size), 2)?;
-        let used = place("used ring", state.used_ring, 6 + 8 * u64::from(size), 4)?;
+        let used = place("used ring", state.used_ring, USED_RING + USED_ELEMENT * u64::from(size), 4)?;
         Ok(Self {
             index,
             size,
@@ -128,6 +146,7 @@ impl Virtqueue {
             descriptors,
             available: available.cast(),
             used: used.cast(),
+            used_ring: state.used_ring,
             next_available: Wrapping(state.next_avail),
             end_available: Wrapping(state.next_avail),
             next_used: Wrapping(state.next_used),
@@ -192,6 +211,7 @@ impl Virtqueue {
 
     /// Has the driver see what was put in the used ring.
     pub fn publish_used(&mut self) {
+        self.ram.mark(self.used_ring, USED_RING + USED_ELEMENT * u64::from(self.size));
         // The driver sees the elements before the index that covers them.
         self.used(1).store(self.next_used.0.to_le(), Ordering::Release);
     }
@@ -335,6 +355,9 @@ impl Virtqueue {
                 return Err(Violation::Buffer { head, address: descriptor.address, length });
             };
             let step = left.min(rest);
+            if writable {
+                self.ram.mark(address, step);
+            }
             vecs.push(host, step as usize);
             left -= step;
             address = address.wrapping_add(step);

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Device, Source, VirtioMmio, Windows};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, pieces};
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -59,8 +59,7 @@ pub fn writable(address: u64, length: u32) -> Buffer {
 }
 
 pub fn guest_memory() -> GuestMemory {
-    GuestMemory::from_ranges(&[(GuestAddress(0), LOW_RAM as usize), (GuestAddress(HIGH_RAM_START), HIGH_RAM as usize)])
-        .unwrap()
+    pieces(&[(0, LOW_RAM), (HIGH_RAM_START, HIGH_RAM)])
 }
 
 /// A file in memory: flushing it costs nothing.

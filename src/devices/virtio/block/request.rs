@@ -372,7 +372,7 @@ mod tests {
     const ANYTHING: Rules = Rules { read_only: false, flush: true, discard: true };
 
     fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+        crate::memory::pieces(&[(0, 1 << 20)])
     }
 
     fn disk() -> Disk {
