@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use lexopt::{Arg, Parser};
 
 use crate::api::types::LogLevel;
-use crate::config::LoggerConfig;
+use crate::config::{AllowedPath, LandlockConfig, LoggerConfig, SandboxConfig, SeccompConfig};
 use crate::snapshot::format;
 
 /// Where the API is served if `--api-sock` does not say.
@@ -37,6 +37,12 @@ pub struct Options {
     pub config_file: Option<PathBuf>,
     /// Descriptors passed in that the configuration may name.
     pub passed_fds: Vec<RawFd>,
+    /// `/dev/kvm`, passed in.
+    pub kvm_fd: Option<RawFd>,
+    /// `/proc/self`, passed in.
+    pub proc_fd: Option<RawFd>,
+    /// What the process gives up.
+    pub sandbox: SandboxConfig,
     /// The log, as PUT /logger would set it.
     pub logger: LoggerConfig,
     /// The metrics file.
@@ -66,6 +72,9 @@ impl Default for Options {
             id: DEFAULT_ID.into(),
             config_file: None,
             passed_fds: Vec::new(),
+            kvm_fd: None,
+            proc_fd: None,
+            sandbox: SandboxConfig::default(),
             logger: LoggerConfig::default(),
             metrics_path: None,
             boot_timer: false,
@@ -97,9 +106,6 @@ pub enum CliError {
     /// An argument that is no flag, or none of ours.
     #[error("unknown argument {0:?}; --help lists the flags")]
     Unknown(String),
-    /// A flag of a later release.
-    #[error("--{0} is not available in this release")]
-    Unavailable(String),
     /// A flag that takes a value stands at the end.
     #[error("--{flag} needs a value: {flag_value}", flag_value = value_of(.0), flag = .0)]
     MissingValue(String),
@@ -116,6 +122,9 @@ pub enum CliError {
         /// What would make sense.
         expected: &'static str,
     },
+    /// Each takes back what the other asks for.
+    #[error("--{0} and --{1} exclude each other")]
+    Exclude(&'static str, &'static str),
     /// Which of the two is meant cannot be known.
     #[error("--{0} is given twice")]
     Twice(String),
@@ -159,16 +168,25 @@ const FLAGS: &[Flag] = &[
     Flag("start-time-us", "US", "for launchers: monotonic clock when the process was being started"),
     Flag("start-time-cpu-us", "US", "for launchers: CPU clock of the process when it was executed"),
     Flag("parent-cpu-time-us", "US", "for launchers: CPU time spent before the process was executed"),
-    Flag("no-seccomp", "", "accepted: there is no filter yet"),
-    Flag("no-landlock", "", "accepted: there is no Landlock confinement yet"),
+    Flag("kvm-fd", "N", "descriptor N is /dev/kvm, passed in"),
+    Flag("proc-fd", "N", "descriptor N is the directory /proc/self, passed in: for jails that have no /proc"),
+    Flag("allow-path", "PATH[:ro|rw]", "leave only such paths in reach, besides what is configured; may be repeated"),
+    Flag("seccomp-filter", "PATH", "use the system-call filters in a JSON file instead of those built in"),
+    Flag("no-seccomp", "", "use no system-call filters: for debugging"),
+    Flag("landlock-abi", "N", "refuse to run where the kernel's Landlock is older than ABI N [default: 1]"),
+    Flag("no-landlock", "", "do not use Landlock: for hosts that have none"),
     Flag("snapshot-version", "", "print the version of the snapshots' format that is written and read"),
     Flag("describe-snapshot", "PATH", "print the format version of a snapshot's state file"),
     Flag("version", "", "print the version"),
     Flag("help", "", "print this text"),
 ];
 
-/// Flags of later releases.
-const UNAVAILABLE: &[&str] = &["seccomp-filter", "kvm-fd", "allow-path", "landlock-abi"];
+/// Flags that may be given more than once.
+const REPEATED: &[&str] = &["pass-fd", "allow-path"];
+
+/// Flags of which only one may be given.
+const EXCLUSIVE: &[(&str, &str)] =
+    &[("seccomp-filter", "no-seccomp"), ("landlock-abi", "no-landlock"), ("allow-path", "no-landlock")];
 
 fn value_of(flag: &str) -> &'static str {
     FLAGS.iter().find(|known| known.0 == flag).map_or("", |known| known.1)
@@ -208,10 +226,9 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
     let mut no_api = false;
     while let Some(name) = next_flag(&mut parser)? {
         let Some(index) = FLAGS.iter().position(|flag| flag.0 == name) else {
-            let unavailable = UNAVAILABLE.contains(&name.as_str());
-            return Err(if unavailable { CliError::Unavailable(name) } else { CliError::Unknown(format!("--{name}")) });
+            return Err(CliError::Unknown(format!("--{name}")));
         };
-        if std::mem::replace(&mut seen[index], true) && name != "pass-fd" {
+        if std::mem::replace(&mut seen[index], true) && !REPEATED.contains(&name.as_str()) {
             return Err(CliError::Twice(name));
         }
         match FLAGS[index] {
@@ -229,6 +246,10 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
         if parser.optional_value().is_some() {
             return Err(CliError::UnexpectedValue(name));
         }
+    }
+    let given = |flag: &str| FLAGS.iter().zip(seen).any(|(known, seen)| seen && known.0 == flag);
+    if let Some((one, other)) = EXCLUSIVE.iter().find(|(one, other)| given(one) && given(other)) {
+        return Err(CliError::Exclude(one, other));
     }
     if no_api {
         if options.config_file.is_none() {
@@ -260,12 +281,14 @@ fn bad(flag: &str, value: &str, expected: &'static str) -> CliError {
     CliError::BadValue { flag: flag.into(), value: value.into(), expected }
 }
 
-/// A flag without a value; those that only say what is the case anyway set nothing.
+/// A flag without a value.
 fn set(options: &mut Options, flag: &str) {
     match flag {
         "show-level" => options.logger.show_level = Some(true),
         "show-log-origin" => options.logger.show_log_origin = Some(true),
         "boot-timer" => options.boot_timer = true,
+        "no-seccomp" => options.sandbox.seccomp = SeccompConfig::Off,
+        "no-landlock" => options.sandbox.landlock = None,
         _ => {}
     }
 }
@@ -276,7 +299,19 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         "api-sock" => options.api_sock = Some(api_socket(&value)?),
         "id" => options.id = instance_id(value)?,
         "config-file" => options.config_file = Some(value.into()),
-        "pass-fd" => options.passed_fds.push(passed_fd(&value, &options.passed_fds)?),
+        "pass-fd" => options.passed_fds.push(passed_fd("pass-fd", &value, &options.passed_fds)?),
+        "kvm-fd" => options.kvm_fd = Some(passed_fd("kvm-fd", &value, &options.passed_fds)?),
+        "proc-fd" => options.proc_fd = Some(passed_fd("proc-fd", &value, &options.passed_fds)?),
+        "seccomp-filter" => options.sandbox.seccomp = SeccompConfig::File(value.into()),
+        "landlock-abi" => {
+            let abi = value.parse().ok().filter(|abi| *abi > 0);
+            landlock(options).least_abi = abi.ok_or_else(|| bad(flag, &value, "must be a number from 1"))?;
+        }
+        "allow-path" => {
+            let path =
+                AllowedPath::parse(&value).ok_or_else(|| bad(flag, &value, "must be PATH, PATH:ro or PATH:rw"))?;
+            landlock(options).allow.push(path);
+        }
         "log-path" => options.logger.log_path = Some(value.into()),
         "level" => options.logger.level = Some(level(&value)?),
         "module" => options.logger.module = Some(value),
@@ -309,10 +344,14 @@ fn api_socket(value: &str) -> Result<ApiSocket, CliError> {
 }
 
 /// The number of a descriptor beyond the standard streams, named once.
-fn passed_fd(value: &str, others: &[RawFd]) -> Result<RawFd, CliError> {
+fn passed_fd(flag: &'static str, value: &str, others: &[RawFd]) -> Result<RawFd, CliError> {
     let number = value.parse().ok().filter(|fd| *fd > 2);
-    let number = number.ok_or_else(|| bad("pass-fd", value, "must be the number of a descriptor above 2"))?;
-    if others.contains(&number) { Err(bad("pass-fd", value, "is given twice")) } else { Ok(number) }
+    let number = number.ok_or_else(|| bad(flag, value, "must be the number of a descriptor above 2"))?;
+    if others.contains(&number) { Err(bad(flag, value, "is given twice")) } else { Ok(number) }
+}
+
+fn landlock(options: &mut Options) -> &mut LandlockConfig {
+    options.sandbox.landlock.get_or_insert_default()
 }
 
 fn instance_id(value: String) -> Result<String, CliError> {
@@ -354,7 +393,7 @@ mod tests {
         let line = "--id vm-1 --api-sock=/tmp/a --start-time-us 12 --start-time-cpu-us 3 --parent-cpu-time-us=4 \
              --log-path /tmp/log --level warn --show-level --show-log-origin --module vesicle::api --boot-timer \
              --metrics-path m --http-api-max-payload-size 100 --mmds-size-limit 200 --metadata m.json --prepare s \
-             --no-seccomp --no-landlock";
+             --no-seccomp --no-landlock --kvm-fd 9 --proc-fd 8";
         let logger = LoggerConfig {
             log_path: Some("/tmp/log".into()),
             level: Some(log::LevelFilter::Warn),
@@ -367,6 +406,9 @@ mod tests {
             id: "vm-1".into(),
             config_file: None,
             passed_fds: Vec::new(),
+            kvm_fd: Some(9),
+            proc_fd: Some(8),
+            sandbox: SandboxConfig { seccomp: SeccompConfig::Off, landlock: None },
             logger,
             metrics_path: Some("m".into()),
             boot_timer: true,
@@ -385,6 +427,16 @@ mod tests {
     }
 
     #[test]
+    fn the_confinement_is_on_unless_it_is_said_otherwise() {
+        let line = "--seccomp-filter f --landlock-abi 4 --allow-path /a --allow-path=/b:ro";
+        let path = |path: &str, write| AllowedPath { path: path.into(), write };
+        let landlock = LandlockConfig { least_abi: 4, allow: vec![path("/a", true), path("/b", false)] };
+        let expected = SandboxConfig { seccomp: SeccompConfig::File("f".into()), landlock: Some(landlock) };
+        assert_eq!(options(line).sandbox, expected);
+        assert!(options("").sandbox.landlock.is_some() && options("").sandbox.seccomp == SeccompConfig::BuiltIn);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (line, expected) in [
             ("--no-api", "--no-api needs --config-file"),
@@ -400,6 +452,12 @@ mod tests {
             ("--api-sock fd:-1", "--api-sock \"fd:-1\": after fd: there must be the number of a descriptor"),
             ("--pass-fd x", "--pass-fd \"x\": must be the number of a descriptor above 2"),
             ("--pass-fd 2", "--pass-fd \"2\": must be the number of a descriptor above 2"),
+            ("--kvm-fd 1", "--kvm-fd \"1\": must be the number of a descriptor above 2"),
+            ("--pass-fd 3 --kvm-fd 3", "--kvm-fd \"3\": is given twice"),
+            ("--landlock-abi 0", "--landlock-abi \"0\": must be a number from 1"),
+            ("--allow-path :ro", "--allow-path \":ro\": must be PATH, PATH:ro or PATH:rw"),
+            ("--no-seccomp --seccomp-filter f", "--seccomp-filter and --no-seccomp exclude each other"),
+            ("--allow-path /a --no-landlock", "--allow-path and --no-landlock exclude each other"),
             ("--pass-fd 3 --pass-fd 3", "--pass-fd \"3\": is given twice"),
             ("--mmds-size-limit -1", "--mmds-size-limit \"-1\": must be a number of bytes"),
             ("--start-time-us -1", "--start-time-us \"-1\": must be a number of microseconds"),
@@ -409,13 +467,6 @@ mod tests {
         }
         assert!(parse(["--id", &"a".repeat(65)]).is_err() && parse(["--id", ""]).is_err());
         assert!(parse(["--id", &"a".repeat(64)]).is_ok());
-    }
-
-    #[test]
-    fn flags_of_later_releases_are_refused_by_name() {
-        for flag in UNAVAILABLE {
-            assert_eq!(refusal(&format!("--{flag}")), format!("--{flag} is not available in this release"));
-        }
     }
 
     #[test]

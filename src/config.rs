@@ -6,6 +6,7 @@ mod cpu;
 mod error;
 mod mmds;
 mod net;
+mod sandbox;
 mod snapshot;
 mod vsock;
 
@@ -17,6 +18,7 @@ pub use cpu::{BitMap, Capability, CpuConfig, CpuidModifier, CpuidRegister, MsrMo
 pub use error::ConfigError;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
+pub use sandbox::{AllowedPath, LandlockConfig, SandboxConfig, SeccompConfig};
 pub use snapshot::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset};
 pub use vsock::{GuestCid, VsockConfig};
 

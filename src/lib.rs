@@ -28,11 +28,12 @@
 //! | [`snapshot`] | the two files of a snapshot |
 //! | [`config`] | the validated configuration and every limit |
 //! | [`metrics`], [`log`] | what the operator sees |
+//! | [`sandbox`] | system-call filters and Landlock: what each thread gives up |
 //! | [`socket`] | Unix sockets in the file system, the API's and vsock's |
 //! | [`random`] | bytes nobody can guess |
 //! | [`signals`] | how the process ends when somebody else wants it to |
 //!
-//! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices, snapshot} →
+//! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices, sandbox, snapshot} →
 //! {memory, mmds} → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
 
 pub mod api;
@@ -49,6 +50,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mmds;
 pub mod random;
+pub mod sandbox;
 pub mod signals;
 pub mod snapshot;
 pub mod socket;

@@ -14,7 +14,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -36,6 +36,9 @@ struct Settings {
     show_origin: bool,
     module: Option<String>,
 }
+
+/// The descriptor of the destination, for who cannot take the lock.
+static DESTINATION: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
 
 static LOGGER: Logger =
     Logger(Mutex::new(Settings { id: String::new(), file: None, show_level: false, show_origin: false, module: None }));
@@ -62,6 +65,9 @@ pub fn init(id: &str) {
 pub fn configure(config: &LoggerConfig) -> io::Result<()> {
     let file = config.log_path.as_deref().map(open_append).transpose()?;
     let mut settings = LOGGER.settings();
+    if let Some(file) = &file {
+        DESTINATION.store(file.as_raw_fd(), Ordering::Relaxed);
+    }
     settings.file = file.or(settings.file.take());
     settings.show_level = config.show_level.unwrap_or(settings.show_level);
     settings.show_origin = config.show_log_origin.unwrap_or(settings.show_origin);
@@ -71,6 +77,12 @@ pub fn configure(config: &LoggerConfig) -> io::Result<()> {
         log::set_max_level(level);
     }
     Ok(())
+}
+
+/// Writes a line without locks, for a signal handler: no time, no name.
+pub fn write_in_handler(line: &[u8]) {
+    // SAFETY: `write` is async-signal-safe, and the line is valid for reading. Nobody is left to be told of an error.
+    unsafe { libc::write(DESTINATION.load(Ordering::Relaxed), line.as_ptr().cast(), line.len()) };
 }
 
 /// Opens a file or FIFO for appending without ever blocking; a file is made if there is none.

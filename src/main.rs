@@ -18,8 +18,11 @@ use vesicle::control::{self, Command, CommandSender, Event, Reply};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};
-use vesicle::machine::{chain, restore_terminal};
+use vesicle::machine::{Host, chain, restore_terminal};
 use vesicle::metrics::METRICS;
+use vesicle::sandbox::landlock::Grants;
+use vesicle::sandbox::seccomp::ThreadKind;
+use vesicle::sandbox::{self, Sandbox};
 use vesicle::signals::{Termination, install_fatal_handlers};
 use vesicle::snapshot::format;
 use vesicle::socket::{self, Existing, SocketFile};
@@ -59,7 +62,9 @@ fn run() -> std::ffi::c_int {
         Err(error) => fail(BAD_ARGUMENTS, error),
     };
     // Before anything is opened here: a number that nobody passed in must not come to mean something of ours.
-    let passed: Vec<OwnedFd> = options.passed_fds.iter().map(|fd| take_over(*fd)).collect();
+    let passed: Vec<OwnedFd> = options.passed_fds.iter().map(|fd| take_over("pass-fd", *fd)).collect();
+    let kvm = options.kvm_fd.map(|fd| take_over("kvm-fd", fd));
+    let proc = options.proc_fd.map(|fd| take_over("proc-fd", fd));
     // One heap for all threads: each further one would cost address space, page faults and memory,
     // and no thread here allocates where it is in a hurry.
     // SAFETY: called before there are threads; it changes no memory that is in use.
@@ -72,7 +77,9 @@ fn run() -> std::ffi::c_int {
         ::log::error!("{panic}");
     }));
     log::init(&options.id);
-    let (mut vmm, sender, events) = prepare(&options).unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
+    let sandbox = confine(&options).unwrap_or_else(|error| fail(FAILURE, chain(&error)));
+    let prepared = prepare(&options, Host { kvm, proc, sandbox: sandbox.clone() });
+    let (mut vmm, sender, events) = prepared.unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
     vmm.declare(passed);
     configure(&mut vmm, &options);
     if let Some(path) = &options.prepare
@@ -80,7 +87,15 @@ fn run() -> std::ffi::c_int {
     {
         fail(BAD_CONFIGURATION, format!("--prepare: {refusal}"));
     }
-    let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events));
+    let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events, sandbox));
+    // What it takes to serve cannot be done any more once the machine runs.
+    if options.config_file.is_some()
+        && let Err(refusal) = vmm.execute(Command::Start)
+    {
+        vmm.remove_sockets();
+        drop(api);
+        fail(BAD_CONFIGURATION, refusal);
+    }
     let Ending { status, .. } = vmm.run();
     if let Some((thread, socket_file)) = api {
         // The thread ends once the last event is out. The machine is left to the kernel to take
@@ -91,11 +106,29 @@ fn run() -> std::ffi::c_int {
     exit(status.into())
 }
 
+/// Gives up what no part of the process will need. Before any thread: they inherit it.
+fn confine(options: &Options) -> Result<Sandbox, sandbox::Error> {
+    let sandbox = Sandbox::new(&options.sandbox)?;
+    let mut needed = Grants::default();
+    if let Some(ApiSocket::Path(path)) = &options.api_sock {
+        needed.siblings(path, true);
+    }
+    for file in [&options.config_file, &options.metadata, &options.prepare].into_iter().flatten() {
+        needed.read(file);
+    }
+    for file in [&options.logger.log_path, &options.metrics_path].into_iter().flatten() {
+        needed.siblings(file, true);
+    }
+    sandbox.confine_process(&needed)?;
+    ::log::info!("Confined: {sandbox}.");
+    Ok(sandbox)
+}
+
 /// Owns a descriptor that was passed in.
-fn take_over(fd: RawFd) -> OwnedFd {
+fn take_over(flag: &str, fd: RawFd) -> OwnedFd {
     // SAFETY: F_GETFD only asks whether there is such a descriptor.
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        fail(BAD_ARGUMENTS, format!("--pass-fd {fd}: there is no such descriptor"));
+        fail(BAD_ARGUMENTS, format!("--{flag} {fd}: there is no such descriptor"));
     }
     // SAFETY: it is open, was there before this process opened anything, and is named once.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -103,17 +136,17 @@ fn take_over(fd: RawFd) -> OwnedFd {
 
 type Prepared = (Vmm, CommandSender, broadcast::Receiver<Event>);
 
-fn prepare(options: &Options) -> Result<Prepared, Box<dyn std::error::Error>> {
+fn prepare(options: &Options, host: Host) -> Result<Prepared, Box<dyn std::error::Error>> {
     let termination = Termination::new()?;
     let (sender, receiver) = control::channel()?;
     let (subscribers, events) = broadcast::channel(EVENT_BACKLOG);
     let boot_timer = options.boot_timer.then(BootTimer::default);
     let mmds_limit = options.mmds_limit.unwrap_or(options.max_payload);
-    let vmm = Vmm::new(options.id.clone(), boot_timer, mmds_limit, receiver, subscribers, termination)?;
+    let vmm = Vmm::new(options.id.clone(), boot_timer, mmds_limit, receiver, subscribers, termination, host)?;
     Ok((vmm, sender, events))
 }
 
-/// What the command line and the configuration file say, as the API would say it.
+/// What the command line and the configuration file say, as the API would say it; the start is not part of it.
 fn configure(vmm: &mut Vmm, options: &Options) {
     let mut commands = vec![Command::SetLogger(options.logger.clone())];
     commands.extend(options.metrics_path.clone().map(|metrics_path| {
@@ -124,7 +157,6 @@ fn configure(vmm: &mut Vmm, options: &Options) {
     }
     if let Some(path) = &options.config_file {
         commands.extend(config_file(path));
-        commands.push(Command::Start);
     }
     for command in commands {
         match vmm.execute(command) {
@@ -159,6 +191,7 @@ fn serve(
     options: &Options,
     sender: CommandSender,
     events: broadcast::Receiver<Event>,
+    sandbox: Sandbox,
 ) -> (JoinHandle<()>, Option<SocketFile>) {
     let (listener, file): (UnixListener, _) = match socket {
         ApiSocket::Path(path) => match socket::bind(path, Existing::Replaced) {
@@ -172,7 +205,12 @@ fn serve(
         },
     };
     let limits = Limits { max_payload: options.max_payload, ..Limits::default() };
-    match server::spawn(listener, limits, sender, events) {
+    let confine = move || {
+        if let Err(error) = sandbox.confine_thread(ThreadKind::Api) {
+            fail(FAILURE, chain(&error));
+        }
+    };
+    match server::spawn(listener, limits, sender, events, confine) {
         Ok(thread) => {
             record_startup(options);
             (thread, file)

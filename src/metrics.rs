@@ -300,6 +300,15 @@ groups! {
         /// Connections that ended.
         connections_destroyed: Counter,
     }
+    /// What the process's threads have given up.
+    Sandbox {
+        /// ABI of the host's Landlock; 0 if it is not used.
+        landlock_abi: Gauge,
+        /// Layers of Landlock that were put on threads.
+        landlock_layers: Counter,
+        /// Threads that were put under a system-call filter.
+        seccomp_filters: Counter,
+    }
     /// The VMM itself.
     Vmm {
         /// Panics.
@@ -445,6 +454,7 @@ metrics! {
     mmds: Mmds,
     patch_api_requests: PatchApiRequests,
     put_api_requests: PutApiRequests,
+    sandbox: Sandbox,
     uart: Uart,
     vcpu: Vcpu,
     vmm: Vmm,

@@ -2,12 +2,15 @@
 //! become documented exit statuses.
 
 use std::ffi::c_int;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// Exit status per fatal signal (API.md, "Process").
+use crate::log;
+use crate::sandbox::syscalls;
+
+/// Exit status and words per fatal signal (SPEC.md, "Exit status"); [`refused`] finds those of SIGSYS.
 const FATAL: [(c_int, u8, &str); 8] = [
-    (libc::SIGSYS, 148, "SIGSYS: a system call was refused\n"),
+    (libc::SIGSYS, 148, ""),
     (libc::SIGBUS, 149, "SIGBUS: a mapped file was truncated or memory failed\n"),
     (libc::SIGSEGV, 150, "SIGSEGV: invalid memory access\n"),
     (libc::SIGXFSZ, 151, "SIGXFSZ: a file would exceed the size limit\n"),
@@ -39,21 +42,47 @@ pub fn install_fatal_handlers(at_exit: fn()) {
 
 static mut AT_EXIT: Option<fn()> = None;
 
-extern "C" fn end(signal: c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn end(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid `siginfo_t`; its pid is set for SIGPIPE.
     if signal == libc::SIGPIPE && unsafe { (*info).si_pid() == libc::getpid() } {
         // Our own write to a peer that went away: the writer gets EPIPE and deals with it.
         return;
     }
     let Some((_, status, text)) = FATAL.iter().find(|(fatal, _, _)| *fatal == signal) else { return };
-    // SAFETY: `write` and `_exit` are async-signal-safe, and so is `AT_EXIT` by contract.
+    if signal == libc::SIGSYS {
+        // SAFETY: the kernel passes a valid `siginfo_t` of this signal, and the registers it interrupted.
+        unsafe { refused(&*info, &*context.cast()) };
+    } else {
+        log::write_in_handler(text.as_bytes());
+    }
+    // SAFETY: `_exit` is async-signal-safe, and so is `AT_EXIT` by contract.
     unsafe {
-        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
         if let Some(at_exit) = AT_EXIT {
             at_exit();
         }
         libc::_exit(c_int::from(*status));
     }
+}
+
+/// Says which system call a filter refused, and its second argument, which is what tells one ioctl from another: one
+/// line, put together without allocation or locks.
+fn refused(info: &libc::siginfo_t, context: &libc::ucontext_t) {
+    // `si_syscall` of asm-generic/siginfo.h: after three integers, padding and the address of the call.
+    const SYSCALL: usize = 24;
+    const _: () = assert!(size_of::<libc::siginfo_t>() >= SYSCALL + size_of::<c_int>());
+    // SAFETY: the field lies within the structure, as just asserted, is aligned, and any bits are an integer.
+    let number = unsafe { std::ptr::from_ref(info).byte_add(SYSCALL).cast::<c_int>().read() };
+    let name = syscalls::name(number.into()).unwrap_or("unknown");
+    let argument = context.uc_mcontext.gregs[libc::REG_RSI as usize];
+    let mut line = [0; 160];
+    let mut rest = &mut line[..];
+    // It is longer than the longest name needs.
+    let _ = writeln!(
+        rest,
+        "SIGSYS: the filter of this thread refuses the system call {name} ({number}, {argument:#x}); the process ends"
+    );
+    let left = rest.len();
+    log::write_in_handler(&line[..line.len() - left]);
 }
 
 /// SIGTERM and SIGINT as a descriptor. Call before any thread starts: threads inherit the mask.
@@ -109,7 +138,7 @@ mod tests {
     fn a_log_line_that_dies() {
         crate::log::init("vm");
         install_fatal_handlers(|| {});
-        log::error!("{Fatal}");
+        ::log::error!("{Fatal}");
     }
 
     /// The line holds the log's lock: a handler that wanted to log would wait for ever.

@@ -13,6 +13,15 @@ use common::{Guest, MicroVm};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+// Snapshots are put into directories that nothing was configured in.
+fn tuned() -> Guest {
+    Guest::tuned().argument("--allow-path=/")
+}
+
+fn debian(series: &str) -> Guest {
+    Guest::debian(series).argument("--allow-path=/")
+}
+
 /// Where a snapshot's files are.
 struct Snapshot {
     _dir: TempDir,
@@ -55,7 +64,7 @@ fn allocated(path: &Path) -> u64 {
 
 #[test]
 fn a_guest_goes_on_in_another_process() {
-    for guest in [Guest::tuned(), Guest::debian("6.12").vcpus(2)] {
+    for guest in [tuned(), debian("6.12").vcpus(2)] {
         let mut vm = guest.boot();
         vm.ok("echo remembered >/run/note; sleep 1000 & echo $! >/run/pid");
         let snapshot = Snapshot::of(&vm);
@@ -84,7 +93,7 @@ fn draws(vm: &mut MicroVm) -> String {
 
 #[test]
 fn two_clones_of_one_snapshot_draw_different_random_numbers() {
-    for guest in [Guest::tuned(), Guest::debian("6.12")] {
+    for guest in [tuned(), debian("6.12")] {
         let mut vm = guest.boot();
         draws(&mut vm);
         let snapshot = Snapshot::of(&vm);
@@ -103,7 +112,7 @@ fn two_clones_of_one_snapshot_draw_different_random_numbers() {
 
 #[test]
 fn what_cannot_be_loaded_is_refused_with_a_reason_and_ends_the_process() {
-    let mut vm = Guest::tuned().boot();
+    let mut vm = tuned().boot();
     let snapshot = Snapshot::of(&vm);
     // A running microVM's memory is not saved, and a snapshot is loaded into a fresh process only.
     assert!(vm.refused_put("/snapshot/load", &snapshot.load()).contains("after starting"));
@@ -130,18 +139,18 @@ fn what_cannot_be_loaded_is_refused_with_a_reason_and_ends_the_process() {
             let size = memory.metadata().unwrap().len();
             memory.write_all_at(&[0xee; 16], size - 16).unwrap();
         }
-        let mut next = Guest::tuned().no_job().launch();
+        let mut next = tuned().no_job().launch();
         let refusal = next.refused_put("/snapshot/load", &snapshot.load());
         assert!(refusal.contains(reason), "{refusal}");
         assert_eq!(next.wait_exit().code(), Some(1));
     }
-    let configured = Guest::tuned().no_job().configure();
+    let configured = tuned().no_job().configure();
     assert!(configured.refused_put("/snapshot/load", &snapshot.load()).contains("start another process"));
 }
 
 #[test]
 fn a_diff_merged_into_its_base_is_what_the_guest_is() {
-    let mut vm = Guest::tuned().boot();
+    let mut vm = tuned().boot();
     let snapshot = Snapshot::of(&vm);
     vm.kill();
     let mut vm = vm.successor();
@@ -167,7 +176,7 @@ fn a_diff_merged_into_its_base_is_what_the_guest_is() {
 
 #[test]
 fn a_reset_takes_the_guest_back_in_the_same_process() {
-    let mut vm = Guest::tuned().vcpus(2).boot();
+    let mut vm = tuned().vcpus(2).boot();
     vm.ok("echo before >/run/note");
     let refusal = vm.refused_put("/snapshot/reset", &json!({}));
     assert!(refusal.contains("not loaded from a snapshot"), "{refusal}");
@@ -196,7 +205,7 @@ fn a_reset_takes_the_guest_back_in_the_same_process() {
 
 #[test]
 fn a_prepared_process_only_waits_for_the_load() {
-    let mut vm = Guest::tuned().vcpus(2).boot();
+    let mut vm = tuned().vcpus(2).boot();
     let began = Instant::now();
     let then = uptime(&mut vm);
     vm.ok("echo before >/run/note");

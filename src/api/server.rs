@@ -83,7 +83,7 @@ struct Server {
     events: broadcast::Receiver<Event>,
 }
 
-/// Starts the API thread on a listener that does not block. It ends when the sender of `events` is dropped.
+/// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends when the sender of `events` is dropped.
 ///
 /// # Errors
 /// No runtime or thread could be made.
@@ -92,6 +92,7 @@ pub fn spawn(
     limits: Limits,
     to_vmm: CommandSender,
     events: broadcast::Receiver<Event>,
+    confine: impl FnOnce() + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -104,10 +105,10 @@ pub fn spawn(
     };
     let ended = events.resubscribe();
     let server = Arc::new(Server { limits, to_vmm, events });
-    std::thread::Builder::new()
-        .name("api".into())
-        .stack_size(STACK)
-        .spawn(move || runtime.block_on(serve(&listener, &server, ended)))
+    std::thread::Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
+        confine();
+        runtime.block_on(serve(&listener, &server, ended));
+    })
 }
 
 /// What came first.

@@ -18,6 +18,9 @@ pub enum Error {
     /// `/dev/kvm` cannot be opened.
     #[error("cannot open /dev/kvm: load the kvm module and give this user read and write access to it")]
     Open(#[source] kvm_ioctls::Error),
+    /// The descriptor that was passed in for it cannot be duplicated.
+    #[error("cannot use the descriptor passed in for /dev/kvm")]
+    Passed(#[source] std::io::Error),
     /// The kernel's KVM is too old or too odd.
     #[error("this host's KVM lacks {0}, which a microVM needs")]
     Lacks(&'static str),

@@ -123,12 +123,14 @@ pub enum Run {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `id`, parked. `to_vmm` is signalled when it parks or exits.
+    /// Starts the thread of vCPU `id`, parked. `to_vmm` is signalled when it parks or exits. The thread begins with
+    /// `confine`; if that fails it exits and says why.
     pub fn spawn<E: Exits + 'static>(
         id: u8,
         mut fd: VcpuFd,
         exits: Arc<E>,
         to_vmm: Arc<EventFd>,
+        confine: impl FnOnce() -> Result<(), String> + Send + 'static,
     ) -> Result<Self, Error> {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
@@ -142,7 +144,14 @@ impl Vcpu {
             .stack_size(STACK_SIZE)
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || live(&shared, &mut fd, exits.as_ref())
+                move || {
+                    let report = match confine() {
+                        Ok(()) => live(&shared, &mut fd, exits.as_ref()),
+                        Err(why) => Some(Report::Failure(why)),
+                    };
+                    shared.lock().state = State::Exited(report);
+                    shared.notify_vmm();
+                }
             })
             .map_err(|source| Error::Thread(id, source))?;
         Ok(Self { shared, thread: Some(thread), fd: raw })
@@ -205,9 +214,9 @@ impl Drop for Vcpu {
     }
 }
 
-/// The thread: follows wishes until it exits.
-fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) {
-    let report = loop {
+/// The thread: follows wishes until it exits, and says why it does.
+fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) -> Option<Report> {
+    loop {
         let wish = {
             let mut inner = shared.lock();
             while inner.wish == Wish::Park {
@@ -222,19 +231,17 @@ fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) {
             inner.wish
         };
         if wish == Wish::Stop {
-            break None;
+            return None;
         }
         // The guest's watchdogs are told that it stood still; one without kvmclock has none to tell.
         let _ = fd.kvmclock_ctrl();
         if let Err(report) = run_until_kicked(shared, fd, exits) {
-            break Some(report);
+            return Some(report);
         }
         // Only the next entry completes the last MMIO or port access in the guest's registers.
         fd.set_kvm_immediate_exit(1);
         let _ = fd.run();
-    };
-    shared.lock().state = State::Exited(report);
-    shared.notify_vmm();
+    }
 }
 
 /// Executes guest code until the wish is no longer `Run`.

@@ -1,7 +1,7 @@
 //! The VM: memory slots, interrupt controllers, event descriptors.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use io_uring::IoUring;
 use kvm_bindings::{
@@ -23,9 +23,14 @@ pub struct Kvm {
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm` and checks what it must be able to do, changed by `changes`.
-    pub fn open(changes: &[Capability]) -> Result<Self, Error> {
-        let fd = kvm_ioctls::Kvm::new().map_err(Error::Open)?;
+    /// Opens `/dev/kvm`, or takes a descriptor of it that was passed in, and checks what it must be able to do, changed
+    /// by `changes`.
+    pub fn open(passed: Option<&OwnedFd>, changes: &[Capability]) -> Result<Self, Error> {
+        let fd = match passed {
+            // SAFETY: the descriptor was just made, for this alone.
+            Some(fd) => unsafe { kvm_ioctls::Kvm::from_raw_fd(fd.try_clone().map_err(Error::Passed)?.into_raw_fd()) },
+            None => kvm_ioctls::Kvm::new().map_err(Error::Open)?,
+        };
         if fd.get_api_version() != 12 {
             return Err(Error::Lacks("API version 12"));
         }

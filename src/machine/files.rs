@@ -3,14 +3,28 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::Error;
 use crate::boot::kernel;
-use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig};
+use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig, VmConfig};
 use crate::devices::virtio::net::Tap;
+use crate::sandbox::Sandbox;
+use crate::sandbox::landlock::{Grants, restricts_paths};
+
+/// What the process was started with, for as long as it takes to build a machine.
+#[derive(Debug, Default)]
+pub struct Host {
+    /// `/dev/kvm`, if the launcher passed it in.
+    pub kvm: Option<OwnedFd>,
+    /// `/proc/self`, if the launcher passed it in.
+    pub proc: Option<OwnedFd>,
+    /// What its threads give up.
+    pub sandbox: Sandbox,
+}
 
 /// The opened files of a configuration.
 #[derive(Debug, Default)]
@@ -46,7 +60,7 @@ impl Files {
     }
 
     /// A descriptor of its own for the device of drive `id`: a start that fails can be tried again.
-    pub fn drive(&self, id: &str) -> Option<std::io::Result<File>> {
+    pub fn drive(&self, id: &str) -> Option<io::Result<File>> {
         self.drives.get(id).map(File::try_clone)
     }
 
@@ -79,7 +93,7 @@ impl Files {
     }
 
     /// A descriptor of its own for the device of interface `id`.
-    pub fn tap(&self, id: &str) -> Option<std::io::Result<Tap>> {
+    pub fn tap(&self, id: &str) -> Option<io::Result<Tap>> {
         self.interfaces.get(id).map(|(_, tap)| tap.try_clone())
     }
 
@@ -103,6 +117,23 @@ impl Files {
     }
 }
 
+/// What stays in reach once the machine runs: the directories of drives, where another file may take the place of the one
+/// there is, and of vsock, where host processes listen; and those of the `snapshot` that was loaded. A snapshot may be put
+/// beside that, or where a drive is written.
+pub fn grants(config: &VmConfig, snapshot: &[&Path]) -> Grants {
+    let mut grants = Grants::default();
+    for file in snapshot {
+        grants.siblings(file, true);
+    }
+    for drive in &config.drives {
+        grants.siblings(&drive.path_on_host, !drive.is_read_only);
+    }
+    if let Some(vsock) = &config.vsock {
+        grants.socket(&vsock.uds_path);
+    }
+    grants
+}
+
 /// Opens a drive's backing file: raw, never probed, a regular file or a block device.
 pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Error> {
     open("path_on_host", path, !read_only, "it must be a regular file or a block device", |kind| {
@@ -122,7 +153,12 @@ fn open(
     wanted: &'static str,
     fits: fn(std::fs::FileType) -> bool,
 ) -> Result<File, Error> {
-    let fail = |source| Error::Open { what, path: path.to_owned(), source };
+    let fail = |source: io::Error| match source.kind() {
+        io::ErrorKind::PermissionDenied if restricts_paths() => {
+            Error::OutOfReach { what, path: path.to_owned(), source }
+        }
+        _ => Error::Open { what, path: path.to_owned(), source },
+    };
     // Without O_NONBLOCK a FIFO would hold up the vmm thread; regular files do not care.
     let file = OpenOptions::new()
         .read(true)

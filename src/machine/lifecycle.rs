@@ -5,8 +5,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
-use super::files::Files;
+use super::files::{self, Files, Host};
 use super::shell::{Layout, Parts, Shell, Sockets};
 use super::snapshot::{Origin, Prepared, SnapshotError};
 use super::{Error, chain, devices, fill};
@@ -33,7 +34,9 @@ use crate::memory::GuestRam;
 use crate::metrics::{JsonLines, METRICS};
 use crate::mmds::store::ChangeError;
 use crate::mmds::{self, Mmds};
+use crate::sandbox::seccomp::ThreadKind;
 use crate::signals::Termination;
+use crate::snapshot::memory::Pagemap;
 use crate::socket::{self, Existing, SocketFile};
 
 /// How the process ends.
@@ -69,17 +72,32 @@ pub(super) struct Machine {
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
     windows: Windows,
+    /// Opened while it could be.
+    pagemap: Option<Pagemap>,
 }
 
 impl Machine {
     /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
-    pub(super) fn assemble(shell: Shell, console: Console) -> Result<Self, Error> {
+    pub(super) fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
         let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event } = shell;
         let vcpus = (0..)
             .zip(vcpu_fds)
-            .map(|(id, fd)| Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event)))
+            .map(|(id, fd)| {
+                let sandbox = host.sandbox.clone();
+                let confine = move || sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error));
+                Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
+            })
             .collect::<Result<_, _>>()?;
-        Ok(Self { handles: Vec::new(), vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows })
+        let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
+        let handles = Vec::new();
+        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows, pagemap })
+    }
+
+    /// The page tables of this process.
+    pub(super) fn pagemap(&self) -> Result<Pagemap, Error> {
+        let pagemap = self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)?;
+        let fail = |source| SnapshotError::Memory { path: "of this process".into(), source };
+        Ok(pagemap.try_clone().map_err(fail)?)
     }
 
     /// Where its devices go.
@@ -140,6 +158,7 @@ pub struct Vmm {
     mmds: mmds::Shared,
     files: Files,
     pub(super) machine: Option<Machine>,
+    pub(super) host: Host,
     /// Where host processes connect to the guest. The file is removed at the end.
     vsock: Option<(UnixListener, SocketFile)>,
     pub(super) events: EventLoop,
@@ -171,6 +190,7 @@ impl Vmm {
         commands: CommandReceiver,
         subscribers: broadcast::Sender<Event>,
         termination: Termination,
+        host: Host,
     ) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(watch)?;
         events.add(commands.wake().as_raw_fd(), When::BecameReadable, Token::Command).map_err(watch)?;
@@ -183,6 +203,7 @@ impl Vmm {
             mmds: Arc::new(Mutex::new(Mmds::new(mmds_limit))),
             files: Files::default(),
             machine: None,
+            host,
             vsock: None,
             events,
             commands,
@@ -363,7 +384,7 @@ impl Vmm {
             timer.start();
         }
         let machine = self.build().map_err(refuse)?;
-        let machine = self.install(machine)?;
+        let machine = self.install(machine, &[])?;
         for vcpu in &machine.vcpus {
             vcpu.wish(Wish::Run);
         }
@@ -371,12 +392,16 @@ impl Vmm {
         Ok(())
     }
 
-    /// Makes a machine that was built the one that the event loop serves.
-    pub(super) fn install(&mut self, machine: Machine) -> Result<&mut Machine, Refusal> {
+    /// Makes a machine that was built the one that the event loop serves. This thread gives up what the machine does not
+    /// need; `snapshot` are the files it came from. A start that fails here cannot be repeated.
+    pub(super) fn install(&mut self, machine: Machine, snapshot: &[&Path]) -> Result<&mut Machine, Refusal> {
         self.watch_machine(&machine).map_err(refuse)?;
         self.files.clear();
         let machine = self.machine.insert(machine);
         machine.console.open_input(&self.events);
+        let sandbox = std::mem::take(&mut self.host).sandbox;
+        let confined = sandbox.confine_paths(&files::grants(&self.config, snapshot));
+        confined.and_then(|()| sandbox.filter(ThreadKind::Vmm)).map_err(|error| refuse(error.into()))?;
         Ok(machine)
     }
 
@@ -405,13 +430,13 @@ impl Vmm {
         let layout = Layout::from(&self.config);
         let shell = self.shell(&layout)?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
-        Machine::assemble(shell, self.console()?)
+        Machine::assemble(shell, self.console()?, &self.host)
     }
 
     /// A machine without content, with the devices that are configured.
     fn shell(&self, layout: &Layout) -> Result<Shell, Error> {
         let devices = self.devices()?;
-        let mut shell = Shell::new(layout, devices.len(), self.boot_timer.clone())?;
+        let mut shell = Shell::new(layout, devices.len(), self.boot_timer.clone(), self.host.kvm.as_ref())?;
         let kicks = std::mem::take(&mut shell.kicks);
         shell.sockets().plug(devices, kicks)?;
         Ok(shell)

@@ -10,6 +10,7 @@ mod shell;
 mod snapshot;
 
 pub use console::restore_terminal;
+pub use files::Host;
 pub use snapshot::{SnapshotError, State, read_state};
 
 use std::path::PathBuf;
@@ -84,6 +85,23 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// A file that this user may not open, or that was given up.
+    #[error(
+        "cannot open {what} {path:?}: besides this user's rights, only what lies in the directories of what was \
+         configured is in reach; start the process with --allow-path to add others"
+    )]
+    OutOfReach {
+        /// The field.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The errno.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The confinement.
+    #[error(transparent)]
+    Sandbox(#[from] crate::sandbox::Error),
     /// A file of the wrong kind.
     #[error("{what} {path:?} cannot be used: {wanted}")]
     Kind {

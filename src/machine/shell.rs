@@ -1,5 +1,6 @@
 //! A machine without content: RAM, VM, vCPUs, devices, all wired, nothing in them.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -90,9 +91,14 @@ pub struct Shell {
 
 impl Shell {
     /// Builds it with room for `devices` virtio devices, in the order that KVM does fastest (see
-    /// [`crate::kvm`]).
-    pub fn new(layout: &Layout, devices: usize, boot_timer: Option<BootTimer>) -> Result<Self, Error> {
-        let kvm = Kvm::open(&layout.kvm_capabilities)?;
+    /// [`crate::kvm`]). `kvm` is `/dev/kvm` if it was passed in.
+    pub fn new(
+        layout: &Layout,
+        devices: usize,
+        boot_timer: Option<BootTimer>,
+        kvm: Option<&OwnedFd>,
+    ) -> Result<Self, Error> {
+        let kvm = Kvm::open(kvm, &layout.kvm_capabilities)?;
         let reserve = if layout.log_dirty { GuestRam::tracked } else { GuestRam::new };
         let ram = reserve(layout.ram_bytes, layout.huge_pages)?;
         let windows = Windows::new(devices);

@@ -16,10 +16,11 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Error;
 use super::console::Console;
+use super::files::{self, Host};
 use super::lifecycle::{Ending, Machine, Vmm, refuse};
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use super::{Error, files};
 use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
@@ -123,6 +124,9 @@ pub enum SnapshotError {
          read-only, or set keep_drive_writes"
     )]
     WritableDrive(String),
+    /// There was no /proc when the machine was made.
+    #[error("this process cannot see which of its pages were touched: it was started without /proc, or --proc-fd")]
+    NoPagemap,
     /// A vCPU has ended.
     #[error("vCPU {0} has ended and has no state")]
     Ended(usize),
@@ -259,7 +263,7 @@ impl Vmm {
     pub fn prepare(&mut self, path: &Path) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
         let layout = Layout::from(&snapshot.state.checked_config()?);
-        self.prepared = Some(Prepared::new(snapshot, layout, self.boot_timer.clone()).map_err(refuse)?);
+        self.prepared = Some(Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?);
         Ok(())
     }
 
@@ -280,11 +284,11 @@ impl Vmm {
                 let config = snapshot.state.overridden(request).map_err(|error| refuse(error.into()))?;
                 self.configure_again(config)?;
                 let layout = Layout::from(&self.config);
-                Prepared::new(snapshot, layout, self.boot_timer.clone()).map_err(refuse)?
+                Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?
             }
         };
         let (machine, origin) = self.wake(prepared, request).map_err(refuse)?;
-        self.install(machine)?;
+        self.install(machine, &[&request.snapshot_path, &request.mem_file_path])?;
         self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
         if request.resume_vm {
@@ -405,15 +409,14 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>) -> Result<Self, Error> {
+    fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>, host: &Host) -> Result<Self, Error> {
         let Opened { state, memory, files } = snapshot;
-        let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer)?;
+        let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, host.kvm.as_ref())?;
         shell.ram.load(memory)?;
         state.apply(&shell.vcpu_fds)?;
-        let pagemap =
-            Pagemap::open().map_err(|source| SnapshotError::Memory { path: "of this process".into(), source })?;
         let kicks = std::mem::take(&mut shell.kicks);
-        let mut machine = Machine::assemble(shell, Console::new(None, None))?;
+        let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
+        let pagemap = machine.pagemap()?;
         machine.take_handles()?;
         Ok(Self { state, files, layout, machine, kicks, pagemap })
     }
@@ -445,7 +448,7 @@ fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id:
     let path = &request.mem_file_path;
     let fail = |source| SnapshotError::Memory { path: path.clone(), source };
     let file_error = |what| move |source| SnapshotError::File { what, path: path.clone(), source };
-    let pagemap = Pagemap::open().map_err(fail)?;
+    let pagemap = machine.pagemap()?;
     // Taken in any case: the next Diff begins here.
     let written = machine.take_written()?.filter(|_| has_base);
     let pages = match (request.kind, written) {

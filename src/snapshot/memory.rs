@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
 use super::Id;
@@ -52,12 +52,29 @@ pub enum Error {
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Opens it.
+    /// Opens it, in `/proc/self` if that was passed in.
     ///
     /// # Errors
     /// There is no /proc.
-    pub fn open() -> Result<Self, Error> {
-        File::open("/proc/self/pagemap").map(Self).map_err(|source| Error::Io("open /proc/self/pagemap", source))
+    pub fn open(proc: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
+        let fail = |source| Error::Io("open /proc/self/pagemap", source);
+        let Some(proc) = proc else { return File::open("/proc/self/pagemap").map(Self).map_err(fail) };
+        let flags = libc::O_RDONLY | libc::O_CLOEXEC;
+        // SAFETY: the path is a string that lives for the call, and the descriptor is borrowed.
+        let fd = unsafe { libc::openat(proc.as_raw_fd(), c"pagemap".as_ptr(), flags) };
+        if fd < 0 {
+            return Err(fail(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor was just opened, for this alone.
+        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    /// Another descriptor of it.
+    ///
+    /// # Errors
+    /// The process has too many.
+    pub fn try_clone(&self) -> Result<Self, Error> {
+        self.0.try_clone().map(Self).map_err(|source| Error::Io("duplicate the descriptor of pagemap", source))
     }
 
     /// Calls `take` with each run of wanted pages among the `size` bytes mapped at `host`: those that

@@ -11,6 +11,8 @@
 // Each test file uses its own part of this.
 #![allow(dead_code)]
 
+mod jail;
+
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,8 +24,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use vesiclectl::{Client, Job, Script, Vesicle};
+
+#[allow(unused_imports)]
+pub use jail::{JAILER, Mode, Place};
 
 /// Where KVM itself is emulated a guest takes seconds to boot, and longer beside others.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -49,7 +53,7 @@ pub fn artefact(name: &str) -> PathBuf {
 /// A guest to be.
 #[derive(Debug)]
 pub struct Guest {
-    dir: TempDir,
+    dir: Place,
     kernel: PathBuf,
     initramfs: Option<PathBuf>,
     boot_args: String,
@@ -66,7 +70,7 @@ pub struct Guest {
 impl Guest {
     fn new(kernel: PathBuf, initramfs: PathBuf, memory: u64) -> Self {
         Self {
-            dir: tempfile::tempdir().unwrap(),
+            dir: Place::new(Mode::chosen()),
             kernel,
             initramfs: Some(initramfs),
             boot_args: BOOT_ARGS.to_owned(),
@@ -89,6 +93,11 @@ impl Guest {
     /// The tuned kernel, with 64 MiB and the default guest in its initramfs.
     pub fn tuned() -> Self {
         Self::new(artefact("kernel-tuned"), artefact("initramfs-tuned"), 64)
+    }
+
+    /// Runs the VMM so, whatever the environment asks for. Comes first.
+    pub fn mode(self, mode: Mode) -> Self {
+        Self { dir: Place::new(mode), ..self }
     }
 
     /// Boots this file instead.
@@ -190,7 +199,7 @@ impl Guest {
     fn command(&self) -> Command {
         const NOBODY: u32 = 65534;
         let passed: Vec<_> = self.passed.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        let mut command = self.dir.command();
         if self.unprivileged {
             command = Command::new(self.dir.path().join("vesicle"));
             command.uid(NOBODY).gid(NOBODY);
@@ -212,6 +221,10 @@ impl Guest {
     /// The VMM's process, with nothing configured.
     pub fn launch(self) -> MicroVm {
         let log = self.dir.path().join("log");
+        let images = self.drives.iter().filter_map(|drive| drive["path_on_host"].as_str()).map(Path::new);
+        for file in images.chain(Some(self.kernel.as_path())).chain(self.initramfs.as_deref()) {
+            self.dir.bring(file);
+        }
         let mut command = self.command();
         command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(File::options().create(true).append(true).open(&log).unwrap());
@@ -434,7 +447,7 @@ impl MicroVm {
     /// The same, started with further arguments.
     pub fn successor_with(mut self, arguments: &[&str]) -> Self {
         let guest = Guest {
-            dir: tempfile::tempdir().unwrap(),
+            dir: Place::new(self.guest.dir.mode()),
             job: None,
             kernel: self.guest.kernel.clone(),
             initramfs: self.guest.initramfs.clone(),
@@ -485,6 +498,15 @@ impl Drop for MicroVm {
         if std::thread::panicking() {
             eprintln!("--- the guest's serial output\n{}\n--- the VMM's log\n{}---", self.output(), self.log());
         }
+    }
+}
+
+/// Waits until something is so.
+pub fn wait_until(mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "time was up");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

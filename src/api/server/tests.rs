@@ -47,7 +47,7 @@ impl Api {
             }
         });
         let (events, receiver) = broadcast::channel(16);
-        let thread = spawn(listener(&path), limits, to_vmm, receiver).unwrap();
+        let thread = spawn(listener(&path), limits, to_vmm, receiver, || ()).unwrap();
         Self { path, events: Some(events), thread: Some(thread), _dir: dir }
     }
 
@@ -297,7 +297,7 @@ fn a_vmm_that_is_gone_is_a_refusal() {
     let (to_vmm, commands) = control::channel().unwrap();
     drop(commands);
     let (_events, receiver) = broadcast::channel(1);
-    drop(spawn(listener(&path), Limits::default(), to_vmm, receiver).unwrap());
+    drop(spawn(listener(&path), Limits::default(), to_vmm, receiver, || ()).unwrap());
     let mut client = Client { stream: StdStream::connect(&path).unwrap(), unread: Vec::new() };
     assert_eq!(fault(client.request("GET", "/", "")), (400, "The VMM is shutting down.".into()));
 }

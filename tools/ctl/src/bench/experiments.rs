@@ -13,7 +13,7 @@ use super::process;
 use super::snapshot;
 use super::subject::{Api, Process, Subject};
 use super::tap::{self, Host};
-use super::vsock;
+use super::{jail, vsock};
 
 /// Values of figures, in base units.
 pub type Values = Vec<(&'static str, f64)>;
@@ -102,7 +102,7 @@ const NATIVE: &[Experiment] = &[
 /// The measurements of a part.
 pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
     let (own, others): (&[_], &[&[_]]) = match part {
-        Part::Deterministic => (DETERMINISTIC, &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET]),
+        Part::Deterministic => (DETERMINISTIC, &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET, jail::EXPERIMENTS]),
         Part::Native => (NATIVE, &[snapshot::NATIVE]),
     };
     own.iter().chain(others.iter().copied().flatten())
@@ -129,7 +129,9 @@ impl Bench {
             // QEMU finds its firmware from where it is.
             if !subject.is_qemu() {
                 let copy = files.copy(subject.path(), &format!("vmm{index}"))?;
-                subject.set_path(copy);
+                let jailer =
+                    subject.jailer().map(|jailer| files.copy(jailer, &format!("jailer{index}"))).transpose()?;
+                subject.set_paths(copy, jailer);
             }
         }
         Ok(Self { part, files, subjects })
@@ -145,14 +147,18 @@ impl Bench {
         &self.files
     }
 
-    /// Starts a VMM with an API.
-    pub fn launch(&self, subject: &Subject, more: &[&str]) -> Result<Api, Box<dyn Error>> {
-        // Where there is one processor, whoever waits must leave it to the other.
-        let pause = match self.part {
+    /// What to do between two tries to reach an API: where there is one processor, whoever waits must leave it to the
+    /// other.
+    pub fn pause(&self) -> fn() {
+        match self.part {
             Part::Deterministic => || std::thread::sleep(Duration::from_micros(50)),
             Part::Native => std::thread::yield_now,
-        };
-        Api::start(subject, &self.files.path("api.sock"), more, pause)
+        }
+    }
+
+    /// Starts a VMM with an API.
+    pub fn launch(&self, subject: &Subject, more: &[&str]) -> Result<Api, Box<dyn Error>> {
+        Api::start(subject, &self.files.path("api.sock"), more, self.pause())
     }
 
     /// Runs `job` to its end without an API.

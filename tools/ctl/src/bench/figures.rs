@@ -151,6 +151,13 @@ const DETERMINISTIC: &[Figure] = &[
     count("tcp-round-trip-exits", "  VM exits"),
     count("tcp-round-trip-interrupts", "  interrupts"),
     count("tcp-round-trip-calls", "  system calls"),
+    Figure { id: "bare-cpu", what: "start → API answers, CPU, not confined", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "jail-cpu", what: "  in a jail", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "jail-cpu-300", what: "    300 mounts on the host", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "jail-ten", what: "    each of 10 at once", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "chroot-cpu", what: "  in a jail, no mount namespace", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "chroot-cpu-300", what: "    300 mounts on the host", unit: Ms, goal: None, firecracker: "" },
+    Figure { id: "chroot-ten", what: "    each of 10 at once", unit: Ms, goal: None, firecracker: "" },
 ];
 
 const NATIVE: &[Figure] = &[

@@ -4,6 +4,7 @@
 //! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
 //! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
 //! - [`snapshot`] has those that save and load, [`vsock`] those that talk to the guest.
+//! - [`jail`] has those of confinement.
 //! - [`tap`] is the other end of its network.
 //! - [`counters`] and [`process`] look at it from outside.
 //! - [`report`] is the table and the JSON.
@@ -12,6 +13,7 @@ mod counters;
 mod experiments;
 mod figures;
 mod guest;
+mod jail;
 mod process;
 mod report;
 mod snapshot;

@@ -20,6 +20,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub struct Subject {
     name: String,
     path: PathBuf,
+    jailer: Option<PathBuf>,
     image_mapping: Option<String>,
     qemu: bool,
 }
@@ -32,12 +33,14 @@ impl Subject {
             Some((path, mapping @ ("Shared" | "Private"))) => (path, Some(mapping.to_owned())),
             _ => (path, None),
         };
-        Ok(Self { name: name.to_owned(), path: path.into(), image_mapping, qemu: false })
+        let path = PathBuf::from(path);
+        let jailer = Some(path.with_file_name("vesicle-jailer")).filter(|jailer| jailer.exists());
+        Ok(Self { name: name.to_owned(), path, jailer, image_mapping, qemu: false })
     }
 
     /// QEMU's microvm machine.
     pub fn qemu(path: PathBuf) -> Self {
-        Self { name: "qemu".to_owned(), path, image_mapping: None, qemu: true }
+        Self { name: "qemu".to_owned(), path, jailer: None, image_mapping: None, qemu: true }
     }
 
     /// How it is called in the report.
@@ -50,9 +53,14 @@ impl Subject {
         &self.path
     }
 
-    /// Runs another file, a copy of the program, from now on.
-    pub fn set_path(&mut self, path: PathBuf) {
-        self.path = path;
+    /// Runs other files, copies of the program and its jailer, from now on.
+    pub fn set_paths(&mut self, path: PathBuf, jailer: Option<PathBuf>) {
+        (self.path, self.jailer) = (path, jailer);
+    }
+
+    /// The jailer that is beside the program, if there is one.
+    pub fn jailer(&self) -> Option<&Path> {
+        self.jailer.as_deref()
     }
 
     /// The `image_mapping` it is to use, if not its default.
@@ -157,7 +165,12 @@ impl Api {
     pub fn start(subject: &Subject, socket: &Path, more: &[&str], pause: fn()) -> Result<Self, Box<dyn Error>> {
         let _ = std::fs::remove_file(socket);
         let name = socket.to_str().ok_or("the socket's path is not UTF-8")?;
-        let mut process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
+        let process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
+        Self::connect(process, socket, pause)
+    }
+
+    /// Waits until the API of `process` answers at `socket`.
+    pub fn connect(mut process: Process, socket: &Path, pause: fn()) -> Result<Self, Box<dyn Error>> {
         let stream = loop {
             match UnixStream::connect(socket) {
                 Ok(stream) => break stream,

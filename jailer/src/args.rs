@@ -1,0 +1,306 @@
+//! The command line, which is the one that launchers know, and a few flags of our own.
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::os::fd::RawFd;
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+use lexopt::{Arg, Parser};
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Puts a VMM into a jail and becomes it.
+
+Usage: vesicle-jailer --id ID --exec-file FILE --uid UID --gid GID [OPTION]... [-- ARGUMENT_OF_THE_VMM...]
+
+  --id ID                      name of the instance: 1 to 64 letters, digits and hyphens
+  --exec-file FILE             the VMM, a static program; it is executed from where it is, not copied
+  --uid UID, --gid GID         user and group that the VMM runs as
+  --chroot-base-dir DIR        where jails are: this one is DIR/NAME_OF_FILE/ID/root [default: /srv/jailer]
+  --netns PATH                 join this network namespace
+  --new-pid-ns                 give the VMM a PID namespace of its own
+  --daemonize                  detach from the terminal; standard streams become /dev/null
+  --cgroup FILE=VALUE          write VALUE into FILE of the cgroup parent/ID, which is made; may be repeated
+  --parent-cgroup PATH         the cgroup's parent, or without --cgroup the cgroup itself [default: the file's name]
+  --cgroup-version 2           the only one there is
+  --resource-limit NAME=VALUE  fsize (bytes) or no-file (descriptors, default 2048); may be repeated
+  --pass-fd N                  leave descriptor N open and tell the VMM; may be repeated
+  --kvm-fd N                   descriptor N is /dev/kvm: no device node is needed
+  --no-mount-ns                without a mount namespace: a root directory of its own, and Landlock
+  --rootless                   without root: a user namespace; user and group are ours unless named
+  --version, --help
+
+The jail's process id is in NAME_OF_FILE.pid in its root. With --daemonize and --new-pid-ns the jailer ends with
+status 0 as soon as the VMM runs. Exit status: 1 if the jail cannot be made, 153 for bad arguments.
+";
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arguments {
+    /// `[A-Za-z0-9-]`, 1 to 64 characters.
+    pub id: String,
+    /// The VMM.
+    pub exec_file: PathBuf,
+    /// Last component of `exec_file`.
+    pub exec_name: String,
+    /// The VMM's user.
+    pub uid: u32,
+    /// The VMM's group.
+    pub gid: u32,
+    /// Where jails are.
+    pub base: PathBuf,
+    /// A network namespace to join.
+    pub netns: Option<PathBuf>,
+    /// A PID namespace of its own.
+    pub new_pid_ns: bool,
+    /// Detached.
+    pub daemonize: bool,
+    /// Files of the cgroup and what to write into them.
+    pub cgroups: Vec<(String, String)>,
+    /// Relative to the root of the hierarchy.
+    pub parent_cgroup: Option<PathBuf>,
+    /// `RLIMIT_FSIZE` in bytes.
+    pub fsize: Option<u64>,
+    /// `RLIMIT_NOFILE`.
+    pub no_file: u64,
+    /// Descriptors that stay open.
+    pub pass_fds: Vec<RawFd>,
+    /// `/dev/kvm`.
+    pub kvm_fd: Option<RawFd>,
+    /// A mount namespace of its own.
+    pub mount_ns: bool,
+    /// A user namespace instead of privileges.
+    pub rootless: bool,
+    /// For the VMM.
+    pub rest: Vec<OsString>,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Request {
+    /// A jail.
+    Jail(Box<Arguments>),
+    /// This text.
+    Print(String),
+}
+
+fn bad(flag: &str, value: impl Display, expected: &str) -> String {
+    format!("--{flag} {value}: {expected}")
+}
+
+/// Parses what follows the program's name. `user` and `group` are who runs this.
+///
+/// # Errors
+/// The first thing that is wrong, in a sentence.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>, user: u32, group: u32) -> Result<Request, String> {
+    let mut parser = Parser::from_args(arguments);
+    let (mut id, mut exec_file, mut uid, mut gid) = (None, None, None, None);
+    let mut parsed = Arguments {
+        id: String::new(),
+        exec_file: PathBuf::new(),
+        exec_name: String::new(),
+        uid: user,
+        gid: group,
+        base: "/srv/jailer".into(),
+        netns: None,
+        new_pid_ns: false,
+        daemonize: false,
+        cgroups: Vec::new(),
+        parent_cgroup: None,
+        fsize: None,
+        no_file: 2048,
+        pass_fds: Vec::new(),
+        kvm_fd: None,
+        mount_ns: true,
+        rootless: false,
+        rest: Vec::new(),
+    };
+    // What follows `--` is the VMM's; lexopt would parse on.
+    loop {
+        if let Some(rest) = parser.try_raw_args()
+            && rest.peek().is_some_and(|next| next == "--")
+        {
+            parsed.rest = rest.skip(1).collect();
+            break;
+        }
+        let Some(argument) = parser.next().map_err(|error| error.to_string())? else { break };
+        let Arg::Long(flag) = argument else { return Err(argument.unexpected().to_string()) };
+        let flag = flag.to_owned();
+        match flag.as_str() {
+            "help" => return Ok(Request::Print(HELP.to_owned())),
+            "version" => return Ok(Request::Print(format!("Vesicle jailer v{}\n", env!("CARGO_PKG_VERSION")))),
+            "new-pid-ns" => parsed.new_pid_ns = true,
+            "daemonize" => parsed.daemonize = true,
+            "no-mount-ns" => parsed.mount_ns = false,
+            "rootless" => parsed.rootless = true,
+            _ => {
+                let value = parser.value().map_err(|error| error.to_string())?;
+                let text = value.to_str().ok_or_else(|| bad(&flag, value.display(), "must be UTF-8"))?;
+                match flag.as_str() {
+                    "id" => id = Some(text.to_owned()),
+                    "exec-file" => exec_file = Some(PathBuf::from(text)),
+                    "uid" => uid = Some(number(&flag, text)?),
+                    "gid" => gid = Some(number(&flag, text)?),
+                    _ => set(&mut parsed, &flag, text)?,
+                }
+            }
+        }
+    }
+    parsed.id = checked_id(id.ok_or("--id is missing")?)?;
+    parsed.exec_file = exec_file.ok_or("--exec-file is missing")?;
+    let name = parsed.exec_file.file_name().and_then(|name| name.to_str());
+    parsed.exec_name = name.ok_or_else(|| bad("exec-file", parsed.exec_file.display(), "names no file"))?.to_owned();
+    if !parsed.rootless {
+        parsed.uid = uid.ok_or("--uid is missing")?;
+        parsed.gid = gid.ok_or("--gid is missing")?;
+    }
+    (parsed.uid, parsed.gid) = (uid.unwrap_or(parsed.uid), gid.unwrap_or(parsed.gid));
+    Ok(Request::Jail(Box::new(parsed)))
+}
+
+fn set(parsed: &mut Arguments, flag: &str, text: &str) -> Result<(), String> {
+    match flag {
+        "chroot-base-dir" => parsed.base = text.into(),
+        "netns" => parsed.netns = Some(text.into()),
+        "cgroup" => {
+            let (file, value) = text.split_once('=').ok_or_else(|| bad(flag, text, "must be FILE=VALUE"))?;
+            let legal = file.contains('.') && !file.starts_with('.') && !file.contains('/') && !value.is_empty();
+            if !legal || value.contains('\n') {
+                return Err(bad(flag, text, "must be a file such as cpu.weight, =, and one line"));
+            }
+            parsed.cgroups.push((file.to_owned(), value.to_owned()));
+        }
+        "cgroup-version" if text == "2" => {}
+        "cgroup-version" => {
+            return Err(bad(flag, text, "only 2 is supported: version 1 cannot confine a process as a whole"));
+        }
+        "parent-cgroup" => {
+            let path = Path::new(text);
+            if text.is_empty() || !path.components().all(|part| matches!(part, Component::Normal(_))) {
+                return Err(bad(flag, text, "must be a relative path without .."));
+            }
+            parsed.parent_cgroup = Some(path.to_owned());
+        }
+        "resource-limit" => match text.split_once('=') {
+            Some(("fsize", value)) => parsed.fsize = Some(number(flag, value)?),
+            Some(("no-file", value)) => parsed.no_file = number(flag, value)?,
+            _ => return Err(bad(flag, text, "must be fsize=BYTES or no-file=NUMBER")),
+        },
+        "pass-fd" => parsed.pass_fds.push(descriptor(flag, text)?),
+        "kvm-fd" => parsed.kvm_fd = Some(descriptor(flag, text)?),
+        _ => return Err(format!("unknown flag --{flag}; --help lists them")),
+    }
+    Ok(())
+}
+
+fn number<N: FromStr>(flag: &str, text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| bad(flag, text, "must be a number"))
+}
+
+fn descriptor(flag: &str, text: &str) -> Result<RawFd, String> {
+    let number: RawFd = number(flag, text)?;
+    if number > 2 { Ok(number) } else { Err(bad(flag, text, "must be the number of a descriptor above 2")) }
+}
+
+fn checked_id(id: String) -> Result<String, String> {
+    let legal = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    if legal && (1..=64).contains(&id.len()) {
+        return Ok(id);
+    }
+    Err(bad("id", id, "must be 1 to 64 letters, digits and hyphens"))
+}
+
+impl Arguments {
+    /// Descriptors that stay open: those named here, and the VMM's own API socket.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        self.pass_fds.iter().copied().chain(self.kvm_fd).chain(self.api_socket()).collect()
+    }
+
+    /// What the VMM is told about descriptors that it would not know otherwise.
+    pub fn descriptor_flags(&self) -> Vec<String> {
+        let untold = self.pass_fds.iter().filter(|fd| self.api_socket() != Some(**fd));
+        untold.map(|fd| format!("--pass-fd={fd}")).chain(self.kvm_fd.map(|fd| format!("--kvm-fd={fd}"))).collect()
+    }
+
+    /// The listening socket that the VMM is told of, if it is one passed in.
+    fn api_socket(&self) -> Option<RawFd> {
+        let mut words = self.rest.iter().filter_map(|word| word.to_str());
+        let socket = words.find_map(|word| word.strip_prefix("--api-sock").map(str::to_owned))?;
+        let value = if socket.is_empty() { words.next()? } else { socket.strip_prefix('=')? };
+        value.strip_prefix("fd:")?.parse().ok().filter(|fd| *fd > 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jail(line: &str) -> Arguments {
+        match parse(line.split_whitespace().map(OsString::from), 1000, 1001).unwrap() {
+            Request::Jail(arguments) => *arguments,
+            Request::Print(text) => panic!("{text}"),
+        }
+    }
+
+    fn refusal(line: &str) -> String {
+        parse(line.split_whitespace().map(OsString::from), 0, 0).unwrap_err()
+    }
+
+    #[test]
+    fn the_usual_command_line_is_understood() {
+        let all = jail(
+            "--id vm-1 --exec-file /usr/bin/vesicle --uid 123 --gid=100 --chroot-base-dir /j --netns /run/netns/a \
+             --new-pid-ns --daemonize --cgroup cpu.weight=10 --cgroup memory.max=1=2 --parent-cgroup a/b \
+             --cgroup-version 2 --resource-limit fsize=5 --resource-limit no-file=64 --pass-fd 5 --pass-fd 6 \
+             --kvm-fd 7 --no-mount-ns -- --api-sock fd:5 --id x",
+        );
+        assert_eq!((all.id.as_str(), all.exec_name.as_str(), all.uid, all.gid), ("vm-1", "vesicle", 123, 100));
+        assert_eq!(all.base, Path::new("/j"));
+        assert!(all.new_pid_ns && all.daemonize && !all.mount_ns && !all.rootless);
+        let cgroups = [("cpu.weight", "10"), ("memory.max", "1=2")];
+        assert_eq!(all.cgroups, cgroups.map(|(file, value)| (file.to_owned(), value.to_owned())));
+        assert_eq!((all.fsize, all.no_file), (Some(5), 64));
+        assert_eq!(all.rest, ["--api-sock", "fd:5", "--id", "x"]);
+        // The socket is not told twice.
+        assert_eq!(all.descriptor_flags(), ["--pass-fd=6", "--kvm-fd=7"]);
+        assert_eq!(all.descriptors(), [5, 6, 7, 5]);
+        assert_eq!(jail("--id a --exec-file v --uid 1 --gid 1 -- --api-sock=fd:9").descriptors(), [9]);
+        assert_eq!(jail("--id a --exec-file v --uid 1 --gid 1 -- --api-sock /a").descriptors(), []);
+    }
+
+    #[test]
+    fn without_root_one_stays_who_one_is() {
+        let own = jail("--rootless --id a --exec-file v");
+        assert_eq!((own.uid, own.gid, own.rootless), (1000, 1001, true));
+        assert_eq!(jail("--rootless --id a --exec-file v --uid 0").uid, 0);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (line, expected) in [
+            ("", "--id is missing"),
+            ("--id a", "--exec-file is missing"),
+            ("--id a --exec-file v --gid 1", "--uid is missing"),
+            ("--id a --exec-file v --uid 1", "--gid is missing"),
+            ("--id a/b --exec-file v --uid 1 --gid 1", "--id a/b: must be 1 to 64 letters, digits and hyphens"),
+            ("--id a --exec-file .. --uid 1 --gid 1", "--exec-file ..: names no file"),
+            ("--uid x", "--uid x: must be a number"),
+            ("--pass-fd 2", "--pass-fd 2: must be the number of a descriptor above 2"),
+            ("--cgroup cpu", "--cgroup cpu: must be FILE=VALUE"),
+            ("--cgroup ../x.y=1", "--cgroup ../x.y=1: must be a file such as cpu.weight, =, and one line"),
+            ("--parent-cgroup ../x", "--parent-cgroup ../x: must be a relative path without .."),
+            ("--parent-cgroup /x", "--parent-cgroup /x: must be a relative path without .."),
+            (
+                "--cgroup-version 1",
+                "--cgroup-version 1: only 2 is supported: version 1 cannot confine a process as a whole",
+            ),
+            ("--resource-limit nproc=1", "--resource-limit nproc=1: must be fsize=BYTES or no-file=NUMBER"),
+            ("--nope 1", "unknown flag --nope; --help lists them"),
+        ] {
+            assert_eq!(refusal(line), expected);
+        }
+        assert!(refusal("stray").contains("stray"));
+        assert!(refusal("--id").contains("--id"));
+    }
+}

@@ -1,0 +1,151 @@
+//! Puts a VMM into a jail and becomes it.
+//!
+//! A jail is a user of its own without capabilities, a root directory with nothing in it but what the launcher put
+//! there, limits, a cgroup, namespaces as asked for, and a Landlock layer. `SECURITY.md` says what each of them stops.
+//! The steps are in [`run`], in the order that they depend on each other. Everything is done by descriptor: nothing that
+//! lies in the jail's directory leads out of it ([`directory`]).
+
+mod args;
+mod cgroup;
+mod directory;
+mod error;
+mod process;
+
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::process::{getegid, geteuid};
+use rustix::time::{ClockId, clock_gettime};
+
+use args::{Arguments, Request};
+use directory::Directory;
+use error::{Error, Failed};
+
+/// Exit statuses.
+const FAILURE: u8 = 1;
+const BAD_ARGUMENTS: u8 = 153;
+
+fn main() -> ExitCode {
+    let started = Started::now();
+    match args::parse(std::env::args_os().skip(1), geteuid().as_raw(), getegid().as_raw()) {
+        Ok(Request::Print(text)) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Request::Jail(arguments)) => {
+            let Err(error) = run(*arguments, started);
+            eprintln!("vesicle-jailer: {error}");
+            ExitCode::from(FAILURE)
+        }
+        Err(what) => {
+            eprintln!("vesicle-jailer: {what}");
+            ExitCode::from(BAD_ARGUMENTS)
+        }
+    }
+}
+
+/// Clocks at the start, for the VMM's figures.
+#[derive(Debug, Clone, Copy)]
+struct Started {
+    monotonic: Duration,
+    /// Processor time of this process then.
+    cpu: Duration,
+    /// Processor time of the processes before this one.
+    before: Duration,
+}
+
+impl Started {
+    fn now() -> Self {
+        Self { monotonic: clock(ClockId::Monotonic), cpu: clock(ClockId::ProcessCPUTime), before: Duration::ZERO }
+    }
+
+    /// The same in a child, whose processor time begins anew.
+    fn in_child(self, parent: Duration) -> Self {
+        Self { cpu: Duration::ZERO, before: parent.saturating_sub(self.cpu), ..self }
+    }
+}
+
+fn clock(id: ClockId) -> Duration {
+    let time = clock_gettime(id);
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// The steps. Does not return if the VMM runs.
+fn run(mut arguments: Arguments, started: Started) -> Result<std::convert::Infallible, Error> {
+    process::close_others(arguments.descriptors())?;
+    let program = process::open_program(&arguments.exec_file)?;
+    // What is the host's comes first, while it can be reached.
+    let null = arguments.daemonize.then(|| open("/dev/null", OFlags::CLOEXEC)).transpose()?;
+    // Nobody can make its device node in a user namespace.
+    let kvm =
+        (arguments.rootless && arguments.kvm_fd.is_none()).then(|| open("/dev/kvm", OFlags::empty())).transpose()?;
+    arguments.kvm_fd = arguments.kvm_fd.or(kvm.as_ref().map(AsRawFd::as_raw_fd));
+    process::limit(&arguments)?;
+    cgroup::join(&arguments)?;
+    if arguments.rootless {
+        process::enter_user_namespace(arguments.uid, arguments.gid)?;
+    }
+    if let Some(path) = &arguments.netns {
+        process::join_network(path)?;
+    }
+    let directory = Directory::create(&arguments)?;
+    directory.furnish()?;
+    if !arguments.rootless {
+        directory.make_devices(arguments.kvm_fd.is_none())?;
+    }
+
+    let before = clock(ClockId::ProcessCPUTime);
+    let to_parent = process::fork(&arguments, |pid| directory.write_pid(&arguments.exec_name, pid))?;
+    let started = if to_parent.is_some() { started.in_child(before) } else { started };
+    let error = become_vmm(&arguments, &program, &directory, null.as_ref(), started);
+    let Some(to_parent) = to_parent else { return Err(error) };
+    process::report(&to_parent, Err(error));
+    std::process::exit(FAILURE.into());
+}
+
+/// The steps of the process that becomes the VMM. Returns only if something fails.
+fn become_vmm(
+    arguments: &Arguments,
+    program: &OwnedFd,
+    directory: &Directory,
+    null: Option<&OwnedFd>,
+    started: Started,
+) -> Error {
+    // The VMM reads which of its pages were touched, in a jail without /proc. Where the host has none, it goes without.
+    let own = openat(CWD, "/proc/self", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).ok();
+    let jailed = || {
+        process::enter(directory.fd(), arguments.mount_ns)?;
+        if let Some(null) = null {
+            process::silence(null)?;
+        }
+        process::isolate_core();
+        process::drop_privileges(arguments)?;
+        process::confine(program, own.as_ref(), arguments.mount_ns)
+    };
+    match jailed() {
+        Ok(()) => process::execute(program, vmm_arguments(arguments, own.as_ref(), started)),
+        Err(error) => error,
+    }
+}
+
+fn open(path: &str, flags: OFlags) -> Result<OwnedFd, Error> {
+    openat(CWD, path, OFlags::RDWR | flags, Mode::empty()).failed(|| format!("open {path}"))
+}
+
+/// The VMM's command line: what a jailer tells it, then what the launcher does.
+fn vmm_arguments(arguments: &Arguments, proc: Option<&OwnedFd>, started: Started) -> Vec<OsString> {
+    let us = |time: Duration| time.as_micros();
+    let own = [
+        arguments.exec_name.clone(),
+        format!("--id={}", arguments.id),
+        format!("--start-time-us={}", us(started.monotonic)),
+        format!("--start-time-cpu-us={}", us(started.cpu)),
+        format!("--parent-cpu-time-us={}", us(started.before)),
+    ];
+    let proc = proc.map(|proc| format!("--proc-fd={}", proc.as_raw_fd()));
+    let own = own.into_iter().chain(arguments.descriptor_flags()).chain(proc).map(OsString::from);
+    own.chain(arguments.rest.iter().cloned()).collect()
+}

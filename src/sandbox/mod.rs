@@ -1,0 +1,116 @@
+//! Confinement of the process by itself, from within: system-call filters ([`seccomp`]) and Landlock ([`landlock`]).
+//!
+//! Each thread confines itself as its last step before it serves. What the jailer does from without (its own root,
+//! namespaces, another user) comes on top; `SECURITY.md` says which layer stops what.
+
+pub mod landlock;
+pub mod seccomp;
+pub mod syscalls;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::config::{SandboxConfig, SeccompConfig};
+use crate::metrics::METRICS;
+
+use self::landlock::{Grants, Landlock};
+use self::seccomp::{Filters, ThreadKind};
+
+/// Why the process cannot be confined as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// System-call filters.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::Error),
+    /// Landlock.
+    #[error(transparent)]
+    Landlock(#[from] landlock::Error),
+}
+
+/// What the process's threads give up. A copy refers to the same.
+#[derive(Debug, Clone, Default)]
+pub struct Sandbox(Arc<Layers>);
+
+/// None of both is what tests have, and what `--no-seccomp --no-landlock` asks for.
+#[derive(Debug, Default)]
+struct Layers {
+    filters: Option<Filters>,
+    landlock: Option<Landlock>,
+}
+
+impl Sandbox {
+    /// Prepares what is asked for; nothing is given up yet.
+    ///
+    /// # Errors
+    /// The host cannot do it, or a file that is named is not right.
+    pub fn new(config: &SandboxConfig) -> Result<Self, Error> {
+        let filters = match &config.seccomp {
+            SeccompConfig::BuiltIn => Some(Filters::BuiltIn),
+            SeccompConfig::File(path) => Some(Filters::load(path)?),
+            SeccompConfig::Off => None,
+        };
+        let landlock = config.landlock.as_ref().map(Landlock::new).transpose()?;
+        METRICS.sandbox.landlock_abi.set(landlock.as_ref().map_or(0, |landlock| landlock.abi().into()));
+        Ok(Self(Arc::new(Layers { filters, landlock })))
+    }
+
+    /// Before there are other threads: what no part of the process needs, save for `needed`.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn confine_process(&self, needed: &Grants) -> Result<(), Error> {
+        let Some(landlock) = &self.0.landlock else { return Ok(()) };
+        landlock.confine_process(needed)?;
+        METRICS.sandbox.landlock_layers.inc();
+        Ok(())
+    }
+
+    /// On the API thread and on those of vCPUs, before they serve: all paths, and what the filter does not allow.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn confine_thread(&self, kind: ThreadKind) -> Result<(), Error> {
+        if let Some(landlock) = &self.0.landlock {
+            landlock.confine_thread()?;
+            METRICS.sandbox.landlock_layers.inc();
+        }
+        self.filter(kind)
+    }
+
+    /// On the vmm thread, once the machine is built: paths outside of `grants` are given up.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn confine_paths(&self, grants: &Grants) -> Result<(), Error> {
+        let Some(landlock) = &self.0.landlock else { return Ok(()) };
+        landlock.confine_vmm(grants)?;
+        METRICS.sandbox.landlock_layers.inc();
+        Ok(())
+    }
+
+    /// Puts the calling thread under its filter. What it starts afterwards is under the same.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn filter(&self, kind: ThreadKind) -> Result<(), Error> {
+        let Some(filters) = &self.0.filters else { return Ok(()) };
+        filters.install(kind)?;
+        METRICS.sandbox.seccomp_filters.inc();
+        Ok(())
+    }
+}
+
+/// What is in force, for the log.
+impl fmt::Display for Sandbox {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0.landlock {
+            Some(landlock) => write!(formatter, "Landlock ABI {}", landlock.abi())?,
+            None => formatter.write_str("no Landlock")?,
+        }
+        formatter.write_str(match &self.0.filters {
+            Some(Filters::BuiltIn) => ", system-call filters",
+            Some(Filters::Loaded(_)) => ", system-call filters from a file",
+            None => ", no system-call filters",
+        })
+    }
+}
