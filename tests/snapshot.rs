@@ -149,11 +149,21 @@ fn what_cannot_be_loaded_is_refused_with_a_reason_and_ends_the_process() {
 }
 
 #[test]
+fn a_snapshot_is_put_where_a_drive_is_written_or_where_it_was_allowed() {
+    let vm = Guest::tuned().boot();
+    vm.pause();
+    let refusal = vm.refused_put("/snapshot/create", &Snapshot::new().create("Full"));
+    assert!(refusal.contains("--allow-path"), "{refusal}");
+    let (state, memory) = (vm.dir().join("state"), vm.dir().join("memory"));
+    vm.put("/snapshot/create", &json!({ "snapshot_path": state, "mem_file_path": memory }));
+}
+
+#[test]
 fn a_diff_merged_into_its_base_is_what_the_guest_is() {
     let mut vm = tuned().boot();
     let snapshot = Snapshot::of(&vm);
     vm.kill();
-    let mut vm = vm.successor();
+    let mut vm = vm.successor_with(&["--allow-path=/"]);
     vm.put("/snapshot/load", &snapshot.load());
     vm.ok("dd if=/dev/urandom of=/run/changed bs=1M count=4 2>/dev/null; sha256sum /run/changed >/run/sum");
     vm.pause();

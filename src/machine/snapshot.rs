@@ -9,6 +9,7 @@
 //! the API's requests: what the file says is hostile until then.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,7 @@ use crate::devices::virtio::VirtioState;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
 use crate::random;
+use crate::sandbox::landlock::restricts_paths;
 use crate::snapshot::draft::Draft;
 use crate::snapshot::memory::{self, Pagemap, Pages};
 use crate::snapshot::{Id, format};
@@ -245,7 +247,7 @@ impl Vmm {
         let path = &request.snapshot_path;
         let content =
             format::encode(id, &state).map_err(|source| SnapshotError::Format { path: path.clone(), source })?;
-        let fail = |what| move |source| SnapshotError::File { what, path: path.clone(), source };
+        let fail = |what| move |source| file_error(what, path, source);
         let draft = Draft::create(path).map_err(fail("create"))?;
         draft.file().write_all_at(&content, 0).map_err(fail("write"))?;
         draft.sync().map_err(fail("write"))?;
@@ -253,7 +255,7 @@ impl Vmm {
         let has_base = std::mem::take(&mut machine.has_base);
         write_memory(machine, request, has_base, id)?;
         machine.has_base = true;
-        Ok(draft.publish().map_err(fail("create"))?)
+        draft.publish().map_err(fail("create"))
     }
 
     /// Does all of a load that does not depend on the clone, so that the load itself has little to do.
@@ -447,7 +449,7 @@ impl Origin {
 fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id: Id) -> Result<(), Error> {
     let path = &request.mem_file_path;
     let fail = |source| SnapshotError::Memory { path: path.clone(), source };
-    let file_error = |what| move |source| SnapshotError::File { what, path: path.clone(), source };
+    let file_error = |what| move |source| file_error(what, path, source);
     let pagemap = machine.pagemap()?;
     // Taken in any case: the next Diff begins here.
     let written = machine.take_written()?.filter(|_| has_base);
@@ -462,12 +464,22 @@ fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id:
         let file = file.map_err(file_error("open"))?;
         memory::check(&file, machine.ram.size(), None).map_err(fail)?;
         memory::write(&machine.ram, &pages, &pagemap, id, &file).map_err(fail)?;
-        return Ok(file.sync_all().map_err(file_error("write"))?);
+        return file.sync_all().map_err(file_error("write"));
     }
     let draft = Draft::create(path).map_err(file_error("create"))?;
     memory::write(&machine.ram, &pages, &pagemap, id, draft.file()).map_err(fail)?;
     draft.sync().map_err(file_error("write"))?;
-    Ok(draft.publish().map_err(file_error("create"))?)
+    draft.publish().map_err(file_error("create"))
+}
+
+/// A snapshot's file cannot be written; maybe because its directory was given up.
+fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::PermissionDenied if restricts_paths() => {
+            Error::OutOfReach { what: "the snapshot's file", path: path.to_owned(), source }
+        }
+        _ => SnapshotError::File { what, path: path.to_owned(), source }.into(),
+    }
 }
 
 /// The state in a file, and the snapshot it is of.
