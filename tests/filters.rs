@@ -95,8 +95,9 @@ fn keep_busy(vm: &mut MicroVm) {
     // From the host to the guest, with the end in one direction first, and back.
     vm.ok("/run/vsock serve 5000 echo >/run/5000 2>&1 & until grep -q listening /run/5000; do sleep 0.05; done");
     let mut stream = UnixStream::connect(dir.join("v.sock")).unwrap();
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
     stream.write_all(b"CONNECT 5000\n").unwrap();
-    stream.write_all(&[7; 100_000]).unwrap();
+    stream.write_all(&[7; 10_000]).unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
     stream.read_to_end(&mut Vec::new()).unwrap();
     let listener = UnixListener::bind(dir.join("v.sock_6000")).unwrap();
@@ -105,8 +106,12 @@ fn keep_busy(vm: &mut MicroVm) {
     stream.write_all(b"world").unwrap();
     drop(stream);
     vm.finish(common::PATIENCE);
+    // The driver takes its device anew.
+    vm.ok("cd /sys/bus/virtio/drivers/virtio_net && device=$(ls -d virtio*) && echo $device >unbind && echo $device >bind");
     vm.ok("ip link set eth0 up && ip addr add 172.31.77.2/24 dev eth0 && ping -c 2 172.31.77.1");
     vm.pause();
+    let snapshot = json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") });
+    vm.put("/snapshot/create", &snapshot);
     vm.resume();
     for _ in 0..3 {
         vm.get("/vm/config");
@@ -115,6 +120,7 @@ fn keep_busy(vm: &mut MicroVm) {
 }
 
 #[test]
+#[ignore = "a watched microVM takes very long where the processor is emulated: run it on a host with KVM"]
 fn every_rule_of_the_filters_is_used_or_rare() {
     let run = |line: &str| assert!(Command::new("sh").args(["-c", line]).status().unwrap().success(), "{line}");
     run("ip tuntap add vesicle-strace mode tap vnet_hdr && ip addr add 172.31.77.1/24 dev vesicle-strace");
@@ -134,24 +140,20 @@ fn every_rule_of_the_filters_is_used_or_rare() {
     fs::File::create(vm.dir().join("next")).unwrap().set_len(1 << 20).unwrap();
     vm.put("/vsock", &json!({ "guest_cid": 3, "uds_path": vm.dir().join("v.sock") }));
     vm.put("/network-interfaces/net", &json!({ "iface_id": "net", "host_dev_name": "vesicle-strace" }));
-    let trace = vm.dir().join("strace");
-    let mut strace = watch(vm.pid(), &trace);
     vm.start();
     vm.wait_until_ready();
+    // From here on: a guest that is watched while it boots takes minutes, and every thread is under its filter now.
+    let trace = vm.dir().join("strace");
+    let mut strace = watch(vm.pid(), &trace);
     keep_busy(&mut vm);
     vm.begin("sync; reboot -f");
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
     strace.wait().unwrap();
     run("ip link del vesicle-strace");
 
-    // A thread is under its filter from its own call on; the API thread was before it was watched.
-    let mut calls: BTreeMap<&str, Vec<Call>> = BTreeMap::from([("api", Vec::new())]);
+    let mut calls: BTreeMap<&str, Vec<Call>> = BTreeMap::new();
     for (thread, call) in fs::read_to_string(&trace).unwrap().lines().filter_map(parse) {
-        if call.name == "seccomp" {
-            calls.entry(thread).or_default();
-        } else if let Some(calls) = calls.get_mut(thread) {
-            calls.push(call);
-        }
+        calls.entry(thread).or_default().push(call);
     }
     let filters: Value = serde_json::from_slice(&fs::read(FILTERS).unwrap()).unwrap();
     let mut unused = Vec::new();
