@@ -108,8 +108,10 @@ impl Place {
             Mode::Jailed | Mode::JailedWithoutMounts => self.jailer(&JAILER, vesicle),
             Mode::Rootless => {
                 // The user may not be allowed to go where they were built.
+                let bin = self.base.path().join("bin");
+                fs::create_dir_all(&bin).unwrap();
                 let [jailer, vesicle] = [&*JAILER, vesicle].map(|program| {
-                    let copy = self.base.path().join(program.file_name().unwrap());
+                    let copy = bin.join(program.file_name().unwrap());
                     fs::copy(program, &copy).unwrap();
                     copy
                 });
