@@ -92,8 +92,12 @@ impl Place {
     /// Brings a file into the jail, at its own path.
     pub fn bring(&self, file: &Path) {
         let inside = self.inside(file);
-        if self.mode == Mode::Plain || file.starts_with(self.base.path()) || inside.exists() {
+        if self.mode == Mode::Plain || inside.exists() && !file.starts_with(self.base.path()) {
             return;
+        }
+        if file.starts_with(self.base.path()) {
+            // A copy that has the mode of what it was copied from.
+            return fs::set_permissions(file, Permissions::from_mode(0o666)).unwrap();
         }
         fs::create_dir_all(inside.parent().unwrap()).unwrap();
         fs::copy(file, &inside).unwrap();
