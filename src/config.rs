@@ -19,7 +19,7 @@ pub use error::ConfigError;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use sandbox::{AllowedPath, LandlockConfig, SandboxConfig, SeccompConfig};
-pub use snapshot::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset};
+pub use snapshot::{DriveOverride, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset};
 pub use vsock::{GuestCid, VsockConfig};
 
 /// Whether `id` may name a resource: `[A-Za-z0-9_]+`.
@@ -273,6 +273,21 @@ pub struct DriveConfig {
     pub rate_limiter: RateLimiterConfig,
     /// Offer discard and write-zeroes.
     pub discard: bool,
+    /// The guest's writes go to a layer; the file at `path_on_host` is only read.
+    pub overlay: Option<OverlayConfig>,
+}
+
+/// Where a drive's writes go instead of its file.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OverlayConfig {
+    /// A layer that lasts; without it a temporary file that nobody else finds.
+    pub layer_path: Option<PathBuf>,
+    /// The drive comes out of a snapshot, whose guest has written nothing to it yet.
+    #[serde(skip)]
+    pub fresh: bool,
+    /// What the snapshot's guest had written, and the snapshot's id.
+    #[serde(skip)]
+    pub lower: Option<(PathBuf, [u8; 16])>,
 }
 
 impl DriveConfig {
@@ -291,6 +306,12 @@ impl DriveConfig {
         }
         if self.discard && self.is_read_only {
             return Err(ConfigError::DiscardReadOnly(self.drive_id));
+        }
+        if let Some(overlay) = &self.overlay {
+            if self.is_read_only {
+                return Err(ConfigError::OverlayReadOnly(self.drive_id));
+            }
+            overlay.layer_path.as_deref().map_or(Ok(()), |path| check_path("layer_path", path))?;
         }
         Ok(self)
     }

@@ -47,7 +47,7 @@ pub enum Command {
     /// Replace what the guest sees of its CPU.
     SetCpu(CpuConfig),
     /// Add or replace a drive.
-    SetDrive(DriveConfig),
+    SetDrive(Box<DriveConfig>),
     /// Change a drive of a running microVM.
     UpdateDrive(DriveUpdate),
     /// Add or replace a network interface.

@@ -385,6 +385,8 @@ groups! {
         rate_limiter_throttled_events: Counter,
         /// Times the drive's file was replaced.
         update_count: Counter,
+        /// Bytes of the drive that the guest has written to its overlay.
+        overlay_bytes: Gauge,
     }
     /// One network interface.
     Net {

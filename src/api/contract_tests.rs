@@ -136,7 +136,7 @@ fn every_schema_is_its_type() {
         CpuConfig CpuidLeafModifier CpuidRegisterModifier MsrModifier Error InstanceInfo Version InstanceAction Vm BootSource MachineConfiguration MachineConfigurationUpdate
         Drive PartialDrive NetworkInterface PartialNetworkInterface RateLimiter TokenBucket Vsock SerialDevice Logger Metrics
         MmdsConfig FullVmConfiguration LifecycleEvent SnapshotCreateParams SnapshotLoadParams SnapshotResetParams MemoryBackend
-        NetworkOverride VsockOverride DriveOverride
+        NetworkOverride VsockOverride DriveOverride Overlay
     };
     for (name, check) in checks {
         check(name);

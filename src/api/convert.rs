@@ -154,9 +154,6 @@ impl TryFrom<types::Drive> for config::DriveConfig {
         if body.socket.present {
             return Err(ConfigError::Unavailable("socket: vhost-user drives are not supported; use path_on_host"));
         }
-        if body.overlay.present {
-            return Err(ConfigError::Unavailable("overlay is not available in this release; leave it out"));
-        }
         Self {
             drive_id: body.drive_id,
             is_root_device: body.is_root_device,
@@ -167,8 +164,15 @@ impl TryFrom<types::Drive> for config::DriveConfig {
             io_engine: body.io_engine.unwrap_or_default().into(),
             rate_limiter: body.rate_limiter.unwrap_or_default().into(),
             discard: body.discard.unwrap_or(false),
+            overlay: body.overlay.map(Into::into),
         }
         .checked()
+    }
+}
+
+impl From<types::Overlay> for config::OverlayConfig {
+    fn from(body: types::Overlay) -> Self {
+        Self { layer_path: body.layer_path, ..Self::default() }
     }
 }
 
@@ -185,7 +189,7 @@ impl From<&config::DriveConfig> for types::Drive {
             rate_limiter: limiter(drive.rate_limiter),
             discard: drive.discard.then_some(true),
             socket: types::Unavailable::default(),
-            overlay: types::Unavailable::default(),
+            overlay: drive.overlay.as_ref().map(|over| types::Overlay { layer_path: over.layer_path.clone() }),
         }
     }
 }
@@ -425,12 +429,18 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             resume_vm: body.resume_vm,
             track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
             network_overrides: devices.collect::<Result<_, ConfigError>>()?,
-            drive_overrides: body.drive_overrides.into_iter().map(|over| (over.drive_id, over.path_on_host)).collect(),
+            drive_overrides: body.drive_overrides.into_iter().map(Into::into).collect(),
             vsock_override: body.vsock_override.map(|over| over.uds_path),
             clock_realtime: body.clock_realtime,
             huge_pages: body.huge_pages.map(Into::into),
         }
         .checked()
+    }
+}
+
+impl From<types::DriveOverride> for config::DriveOverride {
+    fn from(body: types::DriveOverride) -> Self {
+        Self { drive_id: body.drive_id, path_on_host: body.path_on_host, overlay: body.overlay.map(Into::into) }
     }
 }
 

@@ -281,7 +281,7 @@ fn put_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
     check_resource_id("drive_id", id)?;
     let body: types::Drive = parse(body)?;
     check_same_id("drive_id", id, &body.drive_id)?;
-    ask(Command::SetDrive(body.try_into()?))
+    ask(Command::SetDrive(Box::new(body.try_into()?)))
 }
 
 fn patch_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
@@ -392,7 +392,7 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
         commands.push(Command::SetBootSource(body.try_into()?));
     }
     for body in file.drives {
-        commands.push(Command::SetDrive(body.try_into()?));
+        commands.push(Command::SetDrive(Box::new(body.try_into()?)));
     }
     for body in file.network_interfaces {
         commands.push(Command::SetNetworkInterface(Box::new(body.try_into()?)));

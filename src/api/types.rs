@@ -218,9 +218,18 @@ pub struct Drive {
     /// Outside the scope: a vhost-user backend. Only null is accepted.
     #[serde(default)]
     pub socket: Unavailable,
-    /// Not in this release. Only null is accepted.
-    #[serde(default, skip_serializing)]
-    pub overlay: Unavailable,
+    /// Writes go to a layer instead of the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
+}
+
+/// See [`Drive::overlay`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Overlay {
+    /// A layer that lasts; a temporary file otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_path: Option<PathBuf>,
 }
 
 /// See [`Drive::cache_type`].

@@ -105,6 +105,7 @@ mod tests {
             io_engine: IoEngine::default(),
             rate_limiter: RateLimiterConfig::default(),
             discard: false,
+            overlay: None,
         }
     }
 

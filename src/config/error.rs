@@ -56,6 +56,9 @@ pub enum ConfigError {
     /// Discard writes.
     #[error("drive `{0}` is read-only and cannot offer discard; set one of is_read_only and discard to false")]
     DiscardReadOnly(String),
+    /// Nothing would be written.
+    #[error("drive `{0}` is read-only and needs no overlay; leave overlay out, or set is_read_only to false")]
+    OverlayReadOnly(String),
     /// There can be one.
     #[error("drive `{id}` cannot be the root device: a root device already exists, drive `{root}`")]
     SecondRoot {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ConfigError, HostDevice, HugePages, check_path, check_resource_id};
+use super::{ConfigError, HostDevice, HugePages, OverlayConfig, check_path, check_resource_id};
 
 /// What a memory file is to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,6 +40,17 @@ impl SnapshotCreate {
     }
 }
 
+/// What a load changes of a drive; what is `None` stays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DriveOverride {
+    /// Which drive.
+    pub drive_id: String,
+    /// Its file: as long, and with the same content, as the snapshot's.
+    pub path_on_host: Option<PathBuf>,
+    /// Where this guest's writes go.
+    pub overlay: Option<OverlayConfig>,
+}
+
 /// PUT /snapshot/load.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotLoad {
@@ -53,8 +64,8 @@ pub struct SnapshotLoad {
     pub track_dirty_pages: bool,
     /// Other TAPs, by `iface_id`.
     pub network_overrides: Vec<(String, HostDevice)>,
-    /// Other drive files, by `drive_id`.
-    pub drive_overrides: Vec<(String, PathBuf)>,
+    /// Other drive files.
+    pub drive_overrides: Vec<DriveOverride>,
     /// Another path for the vsock device.
     pub vsock_override: Option<PathBuf>,
     /// The guest's clock catches up with the time that went by.
@@ -74,9 +85,12 @@ impl SnapshotLoad {
         for (id, _) in &self.network_overrides {
             check_resource_id("iface_id", id)?;
         }
-        for (id, path) in &self.drive_overrides {
-            check_resource_id("drive_id", id)?;
-            check_path("path_on_host", path)?;
+        for over in &self.drive_overrides {
+            check_resource_id("drive_id", &over.drive_id)?;
+            over.path_on_host.as_deref().map_or(Ok(()), |path| check_path("path_on_host", path))?;
+            if over.path_on_host.is_none() && over.overlay.is_none() {
+                return Err(ConfigError::EmptyUpdate("name path_on_host or overlay"));
+            }
         }
         self.vsock_override.as_deref().map_or(Ok(()), |path| check_path("uds_path", path))?;
         Ok(self)

@@ -13,6 +13,7 @@ fn drive(id: &str, root: bool) -> DriveConfig {
         io_engine: IoEngine::Sync,
         rate_limiter: RateLimiterConfig::default(),
         discard: false,
+        overlay: None,
     }
 }
 

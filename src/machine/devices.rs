@@ -56,6 +56,29 @@ fn device_at(bus: Option<&Bus>, index: usize) -> Option<&VirtioMmio> {
     bus?.virtio().get(index).map(AsRef::as_ref)
 }
 
+/// Calls `each` with every drive in turn; nothing of theirs is in flight.
+///
+/// # Errors
+/// The first of `each`.
+pub fn each_drive<E>(bus: &Bus, mut each: impl FnMut(&mut Block) -> Result<(), E>) -> Result<(), E> {
+    bus.virtio().iter().try_for_each(|device| {
+        device.update(|device| {
+            if let Device::Block(block) = device {
+                each(block)?;
+            }
+            Ok(ConfigChange::Unchanged)
+        })
+    })
+}
+
+/// What the guest wrote is there for the next process.
+pub fn finish(bus: &Bus) {
+    let Ok(()) = each_drive(bus, |drive| {
+        drive.finish();
+        Ok::<_, Infallible>(())
+    });
+}
+
 /// Changes a drive. What can fail comes first, so that a refused PATCH changes nothing.
 pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpdate) -> Result<(), Refusal> {
     let unknown = || Refusal(format!("drive_id {:?} names no drive: see GET /vm/config", update.drive_id));

@@ -10,7 +10,8 @@ use std::path::Path;
 
 use super::Error;
 use crate::boot::kernel;
-use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig, VmConfig};
+use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig, OverlayConfig, VmConfig};
+use crate::devices::virtio::block::{Backend, OverlayFiles};
 use crate::devices::virtio::net::Tap;
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::{Grants, restricts_paths};
@@ -35,7 +36,7 @@ pub struct Files {
     pub initrd: Option<File>,
     /// Destination of the serial port.
     pub serial: Option<File>,
-    drives: HashMap<String, File>,
+    drives: HashMap<String, Backend>,
     interfaces: HashMap<String, (HostDevice, Tap)>,
     /// What the launcher passed in, under its own number.
     passed: Vec<OwnedFd>,
@@ -52,16 +53,17 @@ impl Files {
         Ok(())
     }
 
-    /// Opens the file of a drive.
+    /// Opens the files of a drive.
     pub fn set_drive(&mut self, drive: &DriveConfig) -> Result<(), Error> {
-        let file = open_drive(&drive.path_on_host, drive.is_read_only)?;
-        self.drives.insert(drive.drive_id.clone(), file);
+        let file = open_drive(&drive.path_on_host, drive.is_read_only || drive.overlay.is_some())?;
+        let overlay = drive.overlay.as_ref().map(open_overlay).transpose()?;
+        self.drives.insert(drive.drive_id.clone(), Backend { file, overlay });
         Ok(())
     }
 
-    /// A descriptor of its own for the device of drive `id`: a start that fails can be tried again.
-    pub fn drive(&self, id: &str) -> Option<io::Result<File>> {
-        self.drives.get(id).map(File::try_clone)
+    /// Descriptors of its own for the device of drive `id`: a start that fails can be tried again.
+    pub fn drive(&self, id: &str) -> Option<io::Result<Backend>> {
+        self.drives.get(id).map(Backend::try_clone)
     }
 
     /// Descriptors that a configuration may name.
@@ -126,7 +128,7 @@ pub fn grants(config: &VmConfig, snapshot: &[&Path]) -> Grants {
         grants.siblings(file, true);
     }
     for drive in &config.drives {
-        grants.siblings(&drive.path_on_host, !drive.is_read_only);
+        grants.siblings(&drive.path_on_host, !drive.is_read_only && drive.overlay.is_none());
     }
     if let Some(vsock) = &config.vsock {
         grants.socket(&vsock.uds_path);
@@ -141,6 +143,36 @@ pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Error> {
     })
 }
 
+/// Opens what takes a drive's writes, and what a snapshot's guest wrote.
+fn open_overlay(overlay: &OverlayConfig) -> Result<OverlayFiles, Error> {
+    let (upper, lasting) = match &overlay.layer_path {
+        Some(path) => {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let upper =
+                open_with(&mut options, "layer_path", path, "it must be a regular file", |kind| kind.is_file())?;
+            (upper, Some(open_image("layer_path", path)?))
+        }
+        None => (temporary_file()?, None),
+    };
+    let lower =
+        overlay.lower.as_ref().map(|(path, id)| Ok::<_, Error>((open_image("layer", path)?, *id))).transpose()?;
+    Ok(OverlayFiles { upper, lasting, fresh: overlay.fresh, lower })
+}
+
+/// A file without a name in the directory for temporary files or, where there is none, as in many a
+/// jail, in the working directory.
+fn temporary_file() -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+    let directory = std::env::temp_dir();
+    match options.open(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => options.open("."),
+        result => result,
+    }
+    .map_err(|source| unopened("a temporary file for an overlay in", &directory, source))
+}
+
 /// Opens an image to be read: a regular file.
 pub fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
     open(what, path, false, "it must be a regular file", |kind| kind.is_file())
@@ -153,21 +185,30 @@ fn open(
     wanted: &'static str,
     fits: fn(std::fs::FileType) -> bool,
 ) -> Result<File, Error> {
-    let fail = |source: io::Error| match source.kind() {
-        io::ErrorKind::PermissionDenied if restricts_paths() => {
-            Error::OutOfReach { what, path: path.to_owned(), source }
-        }
-        _ => Error::Open { what, path: path.to_owned(), source },
-    };
+    open_with(OpenOptions::new().read(true).write(write), what, path, wanted, fits)
+}
+
+fn open_with(
+    options: &mut OpenOptions,
+    what: &'static str,
+    path: &Path,
+    wanted: &'static str,
+    fits: fn(std::fs::FileType) -> bool,
+) -> Result<File, Error> {
+    let fail = |source| unopened(what, path, source);
     // Without O_NONBLOCK a FIFO would hold up the vmm thread; regular files do not care.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(write)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(fail)?;
+    let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
     if !fits(file.metadata().map_err(fail)?.file_type()) {
         return Err(Error::Kind { what, path: path.to_owned(), wanted });
     }
     Ok(file)
+}
+
+fn unopened(what: &'static str, path: &Path, source: io::Error) -> Error {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied if restricts_paths() => {
+            Error::OutOfReach { what, path: path.to_owned(), source }
+        }
+        _ => Error::Open { what, path: path.to_owned(), source },
+    }
 }

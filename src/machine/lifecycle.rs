@@ -286,7 +286,7 @@ impl Vmm {
             Command::SetCpu(cpu) => self.config.cpu = Some(cpu),
             Command::SetDrive(drive) => {
                 let mut config = self.config.clone();
-                config.set_drive(drive.clone())?;
+                config.set_drive((*drive).clone())?;
                 self.files.set_drive(&drive).map_err(refuse)?;
                 self.config = config;
             }
@@ -595,6 +595,7 @@ impl Vmm {
             for device in machine.bus.virtio() {
                 device.quiesce();
             }
+            devices::finish(&machine.bus);
             machine.console.finish(&machine.bus.serial);
         }
         self.remove_sockets();

@@ -5,6 +5,7 @@ mod console;
 mod devices;
 mod files;
 mod fill;
+mod layers;
 pub mod lifecycle;
 mod shell;
 mod snapshot;

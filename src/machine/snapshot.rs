@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Error;
 use super::console::Console;
 use super::files::{self, Host};
+use super::layers;
 use super::lifecycle::{Ending, Machine, Vmm, refuse};
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
 use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
@@ -108,6 +109,9 @@ pub enum SnapshotError {
         #[source]
         source: crate::devices::virtio::StateError,
     },
+    /// What a guest wrote to an overlay cannot be copied, or dropped.
+    #[error("an overlay cannot be copied or emptied")]
+    Layer(#[source] crate::devices::virtio::block::Error),
     /// Something to be overridden that is not there.
     #[error("the snapshot has no {0}, and so none to override")]
     Override(String),
@@ -123,7 +127,7 @@ pub enum SnapshotError {
     /// The guest would find what its memory does not know of.
     #[error(
         "drive {0:?} is writable: a reset would leave the guest with a disk that its memory does not know; make it \
-         read-only, or set keep_drive_writes"
+         read-only, give it an overlay, or set keep_drive_writes"
     )]
     WritableDrive(String),
     /// There was no /proc when the machine was made.
@@ -200,8 +204,8 @@ impl State {
         Ok(VmConfig { machine, ..self.config.clone() })
     }
 
-    /// The configuration with what a load overrides.
-    fn overridden(&self, request: &SnapshotLoad) -> Result<VmConfig, SnapshotError> {
+    /// The configuration with what a load overrides; `id` is the snapshot's.
+    fn overridden(&self, request: &SnapshotLoad, id: Id) -> Result<VmConfig, SnapshotError> {
         let mut config = self.config.clone();
         config.machine.track_dirty_pages = request.track_dirty_pages;
         config.machine.huge_pages = request.huge_pages.unwrap_or(config.machine.huge_pages);
@@ -210,10 +214,7 @@ impl State {
             let missing = || SnapshotError::Override(format!("interface {id:?}"));
             interface.ok_or_else(missing)?.host_device = device.clone();
         }
-        for (id, path) in &request.drive_overrides {
-            let drive = config.drives.iter_mut().find(|drive| drive.drive_id == *id);
-            drive.ok_or_else(|| SnapshotError::Override(format!("drive {id:?}")))?.path_on_host.clone_from(path);
-        }
+        layers::override_drives(&mut config.drives, request, id)?;
         if let Some(path) = &request.vsock_override {
             let vsock = config.vsock.as_mut().ok_or_else(|| SnapshotError::Override("vsock device".into()))?;
             vsock.uds_path.clone_from(path);
@@ -239,7 +240,8 @@ impl Vmm {
     pub(super) fn create_snapshot(&mut self, request: &SnapshotCreate) -> Result<(), Error> {
         let (Some(machine), events) = (&mut self.machine, &self.events) else { return Ok(()) };
         machine.console.write_output(&machine.bus.serial, events);
-        for path in [&request.snapshot_path, &request.mem_file_path] {
+        let layers = layers::paths(&self.config, request);
+        for path in [&request.snapshot_path, &request.mem_file_path].into_iter().chain(&layers) {
             check_unused(path, machine, &self.config)?;
         }
         let id = random::bytes().map_err(|source| Error::Event("draw random bytes", source))?;
@@ -251,10 +253,12 @@ impl Vmm {
         let draft = Draft::create(path).map_err(fail("create"))?;
         draft.file().write_all_at(&content, 0).map_err(fail("write"))?;
         draft.sync().map_err(fail("write"))?;
+        let layers = layers::write(machine, request, id)?;
         // Should it fail, the record of written pages that it takes begins nowhere any more.
         let has_base = std::mem::take(&mut machine.has_base);
         write_memory(machine, request, has_base, id)?;
         machine.has_base = true;
+        layers::publish(layers)?;
         draft.publish().map_err(fail("create"))
     }
 
@@ -274,7 +278,7 @@ impl Vmm {
         let prepared = match self.prepared.take() {
             Some(prepared) => {
                 prepared.check(request).map_err(|error| refuse(error.into()))?;
-                let config = prepared.state.overridden(request).map_err(|error| refuse(error.into()))?;
+                let config = prepared.state.overridden(request, prepared.id).map_err(|error| refuse(error.into()))?;
                 if Layout::from(&config) != prepared.layout {
                     return Err(refuse(SnapshotError::PreparedOtherwise.into()));
                 }
@@ -283,7 +287,7 @@ impl Vmm {
             }
             None => {
                 let snapshot = Opened::open(&request.snapshot_path, Some(&request.mem_file_path)).map_err(refuse)?;
-                let config = snapshot.state.overridden(request).map_err(|error| refuse(error.into()))?;
+                let config = snapshot.state.overridden(request, snapshot.id).map_err(|error| refuse(error.into()))?;
                 self.configure_again(config)?;
                 let layout = Layout::from(&self.config);
                 Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?
@@ -316,7 +320,7 @@ impl Vmm {
         if self.origin.is_none() || self.machine.as_ref().is_none_or(|machine| machine.ram.base().is_none()) {
             return Err(refuse(SnapshotError::NoOrigin.into()));
         }
-        match self.config.drives.iter().find(|drive| !drive.is_read_only) {
+        match self.config.drives.iter().find(|drive| !drive.is_read_only && drive.overlay.is_none()) {
             Some(drive) if !request.keep_drive_writes => {
                 Err(refuse(SnapshotError::WritableDrive(drive.drive_id.clone()).into()))
             }
@@ -343,7 +347,7 @@ impl Vmm {
     fn configure_again(&mut self, config: VmConfig) -> Result<(), Refusal> {
         let mut commands = vec![Command::SetMachine(config.machine.checked()?)];
         for drive in config.drives {
-            commands.push(Command::SetDrive(drive.checked()?));
+            commands.push(Command::SetDrive(Box::new(drive.checked()?)));
         }
         for interface in config.network_interfaces {
             commands.push(Command::SetNetworkInterface(Box::new(interface.checked()?)));
@@ -366,6 +370,7 @@ impl Vmm {
 
 /// A snapshot's two files.
 struct Opened {
+    id: Id,
     state: State,
     memory: File,
     files: [Identity; 2],
@@ -396,12 +401,13 @@ impl Opened {
         memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(id))
             .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
         let files = [identity(&file).map_err(fail)?, identity(&memory).map_err(fail)?];
-        Ok(Self { state, memory, files })
+        Ok(Self { id, state, memory, files })
     }
 }
 
 /// A machine of a snapshot, complete but for its devices, with its clocks not yet running.
 pub struct Prepared {
+    id: Id,
     state: State,
     files: [Identity; 2],
     layout: Layout,
@@ -412,7 +418,7 @@ pub struct Prepared {
 
 impl Prepared {
     fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>, host: &Host) -> Result<Self, Error> {
-        let Opened { state, memory, files } = snapshot;
+        let Opened { id, state, memory, files } = snapshot;
         let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, host.kvm.as_ref())?;
         shell.ram.load(memory)?;
         state.apply(&shell.vcpu_fds)?;
@@ -420,7 +426,7 @@ impl Prepared {
         let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
         let pagemap = machine.pagemap()?;
         machine.take_handles()?;
-        Ok(Self { state, files, layout, machine, kicks, pagemap })
+        Ok(Self { id, state, files, layout, machine, kicks, pagemap })
     }
 
     /// Whether a load asks for what was prepared.
@@ -440,6 +446,7 @@ impl Origin {
     fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
         memory::forget(&machine.ram, &self.pagemap).map_err(fail)?;
+        layers::clear(machine)?;
         machine.take_handles()?;
         self.state.apply(&machine.handles)?;
         self.state.wake(&machine.parts(), self.realtime)
@@ -506,7 +513,7 @@ fn check_unused(path: &Path, machine: &Machine, config: &VmConfig) -> Result<(),
         .boot_source
         .iter()
         .flat_map(|source| [Some(&source.kernel_image_path), source.initrd_path.as_ref()].into_iter().flatten());
-    let drives = config.drives.iter().map(|drive| &drive.path_on_host);
+    let drives = config.drives.iter().map(|drive| &drive.path_on_host).chain(layers::in_use(config));
     let named = source.chain(drives).filter_map(|path| fs::metadata(path).ok());
     if base.into_iter().chain(named).any(is_target) {
         return Err(SnapshotError::InUse(path.to_owned()));

@@ -90,8 +90,9 @@ fn a_drive_has_the_defaults_of_the_contract() {
         io_engine: IoEngine::Sync,
         rate_limiter: RateLimiterConfig::default(),
         discard: false,
+        overlay: None,
     };
-    assert_eq!(drive, expected);
+    assert_eq!(*drive, expected);
 }
 
 #[test]
@@ -109,7 +110,9 @@ fn a_drive_that_makes_no_sense_is_refused() {
         ("a-b", path, "drive_id `a-b`"),
         ("d%2F", path, "drive_id `d%2F`"),
         ("d", &format!(r#"{path},"socket":"/s""#), "vhost-user"),
-        ("d", &format!(r#"{path},"overlay":{{}}"#), "overlay is not available"),
+        ("d", &format!(r#"{path},"overlay":{{}},"is_read_only":true"#), "read-only and needs no overlay"),
+        ("d", &format!(r#"{path},"overlay":{{"layer_path":""}}"#), "layer_path is empty"),
+        ("d", &format!(r#"{path},"overlay":{{"path":"/l"}}"#), "unknown field `path`"),
         ("d", &format!(r#"{path},"is_read_only":true,"discard":true"#), "read-only and cannot offer discard"),
         ("d", &format!(r#"{path},"partuuid":"x y""#), "partuuid `x y`"),
         ("d", &format!(r#"{path},"io_engine":"Fast""#), "unknown variant `Fast`"),
@@ -289,7 +292,7 @@ pub(super) fn configure(commands: Vec<Command>) -> VmConfig {
         match command {
             Command::SetMachine(machine) => config.machine = machine,
             Command::SetBootSource(source) => config.boot_source = Some(source),
-            Command::SetDrive(drive) => config.set_drive(drive).unwrap(),
+            Command::SetDrive(drive) => config.set_drive(*drive).unwrap(),
             Command::SetNetworkInterface(interface) => config.set_network_interface(*interface).unwrap(),
             Command::SetVsock(vsock) => config.set_vsock(vsock).unwrap(),
             Command::SetSerial(serial) => config.serial = Some(serial),
@@ -366,7 +369,7 @@ fn the_shown_configuration_names_everything_published_clients_look_for() {
     else {
         panic!()
     };
-    config.set_drive(drive).unwrap();
+    config.set_drive(*drive).unwrap();
     let shown: serde_json::Value = serde_json::from_slice(&full_config(&config)).unwrap();
     let expected = serde_json::json!({
         "boot-source": null, "cpu-config": null, "logger": null, "metrics": null, "serial": null, "balloon": null,

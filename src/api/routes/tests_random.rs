@@ -21,6 +21,7 @@ prop_compose! {
         partuuid in proptest::option::of("[0-9a-f-]{1,8}"),
         (is_read_only, writeback, asynchronous, discard) in any::<(bool, bool, bool, bool)>(),
         rate_limiter in limiter(),
+        layer_path in proptest::option::of(proptest::option::of("\\PC{1,12}")),
     ) -> DriveConfig {
         DriveConfig {
             drive_id,
@@ -32,6 +33,9 @@ prop_compose! {
             io_engine: if asynchronous { IoEngine::Async } else { IoEngine::Sync },
             rate_limiter,
             discard: discard && !is_read_only,
+            overlay: layer_path
+                .filter(|_| !is_read_only)
+                .map(|path| OverlayConfig { layer_path: path.map(Into::into), ..OverlayConfig::default() }),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::HugePages;
+use super::{HugePages, Overlay};
 
 /// PUT /snapshot/create.
 #[derive(Debug, Serialize, Deserialize)]
@@ -105,7 +105,9 @@ pub struct DriveOverride {
     /// Which drive.
     pub drive_id: String,
     /// Its file.
-    pub path_on_host: PathBuf,
+    pub path_on_host: Option<PathBuf>,
+    /// Where this guest's writes go.
+    pub overlay: Option<Overlay>,
 }
 
 /// PUT /snapshot/reset.

@@ -108,6 +108,19 @@ impl IoVecs {
         }
     }
 
+    /// Appends the first `length` bytes of `other`.
+    pub fn append_up_to(&mut self, other: &Self, length: u64) {
+        let mut left = length;
+        for vec in other.as_slice() {
+            if left == 0 {
+                break;
+            }
+            let step = left.min(vec.iov_len as u64);
+            left -= step;
+            self.push(vec.iov_base.cast(), step as usize);
+        }
+    }
+
     /// Drops what is behind the first `length` bytes.
     pub fn truncate(&mut self, length: u64) {
         while self.len > length {

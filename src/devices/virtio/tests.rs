@@ -32,6 +32,7 @@ pub(super) fn device() -> (Device, Arc<metrics::Block>) {
         io_engine: IoEngine::Sync,
         rate_limiter: RateLimiterConfig::default(),
         discard: false,
+        overlay: None,
     };
     let metrics = Arc::new(metrics::Block::default());
     (Device::Block(Box::new(Block::new(&config, file(1 << 20), Arc::clone(&metrics)).unwrap())), metrics)

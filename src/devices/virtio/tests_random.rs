@@ -66,6 +66,7 @@ fn guest(engine: IoEngine) -> (Guest, std::fs::File) {
         io_engine: engine,
         rate_limiter: RateLimiterConfig::default(),
         discard: true,
+        overlay: None,
     };
     // Half a sector more than the capacity: nothing may touch it.
     let file = file(64 << 10);

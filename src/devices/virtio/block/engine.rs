@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::disk::check;
+use super::overlay::Place;
 use super::request::Operation;
 use super::uring::Uring;
 use crate::config::IoEngine;
@@ -21,11 +22,11 @@ pub(super) enum Engine {
 }
 
 impl Engine {
-    /// An engine for `file` that has up to `depth` operations in flight if it is asynchronous.
-    pub(super) fn new(kind: IoEngine, file: &File, depth: u16) -> io::Result<Self> {
+    /// An engine for `files` that has up to `depth` operations in flight if it is asynchronous.
+    pub(super) fn new(kind: IoEngine, files: &[RawFd], depth: u16) -> io::Result<Self> {
         Ok(match kind {
             IoEngine::Sync => Self::Sync,
-            IoEngine::Async => Self::Async(Box::new(Uring::new(file, depth)?)),
+            IoEngine::Async => Self::Async(Box::new(Uring::new(files, depth)?)),
         })
     }
 
@@ -37,7 +38,7 @@ impl Engine {
         }
     }
 
-    /// The operations to come are for `file`.
+    /// The operations to come on the base are for `file`.
     pub(super) fn set_file(&self, file: &File) -> io::Result<()> {
         match self {
             Self::Sync => Ok(()),
@@ -45,7 +46,7 @@ impl Engine {
         }
     }
 
-    /// Starts `operation`. Returns its result if it is known already; otherwise it comes from
+    /// Starts `operation` on a file, which is at the place it is said to be. Returns its result if it is known already; otherwise it comes from
     /// [`Self::completed`] with `token`. A transfer may be partial.
     ///
     /// # Safety
@@ -55,15 +56,15 @@ impl Engine {
     #[inline]
     pub(super) unsafe fn start(
         &mut self,
-        file: &File,
+        file: (Place, &File),
         token: u16,
         operation: &Operation<'_>,
     ) -> Option<io::Result<usize>> {
         match self {
             // SAFETY: by this function's contract.
-            Self::Sync => Some(unsafe { run(file, operation) }),
+            Self::Sync => Some(unsafe { run(file.1, operation) }),
             // SAFETY: by this function's contract.
-            Self::Async(uring) => unsafe { uring.start(token, operation) }.err().map(Err),
+            Self::Async(uring) => unsafe { uring.start(file.0, token, operation) }.err().map(Err),
         }
     }
 

@@ -1,11 +1,15 @@
-//! virtio-block (virtio 1.2 §5.2): a raw host file or block device.
+//! virtio-block (virtio 1.2 §5.2): a raw host file or block device, with layers over it that take the
+//! writes if it has an overlay.
 //!
 //! The Sync engine does its I/O on the vmm thread: while the host's disk is slow, so is every
 //! device of this microVM. It stops after a bounded batch to let others run. The Async engine
 //! never blocks.
 
+mod bitmap;
 mod disk;
 mod engine;
+mod layer;
+mod overlay;
 mod request;
 mod uring;
 
@@ -17,8 +21,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+pub use self::disk::Backend;
 use self::disk::Disk;
 use self::engine::Engine;
+pub use self::layer::{LayerError, LayerId};
+use self::overlay::Overlay;
+pub use self::overlay::OverlayFiles;
 use self::request::{
     Kind as RequestKind, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, Request,
     Rules, Status, Step,
@@ -58,6 +66,20 @@ pub enum Error {
     /// Its file is a directory, a character device, a FIFO or a socket.
     #[error("drive {drive}: path_on_host is neither a regular file nor a block device")]
     NotADisk {
+        /// Resource id.
+        drive: String,
+    },
+    /// Its layers cannot be had, emptied or copied.
+    #[error("drive {drive}: the layer of its overlay cannot be used")]
+    Overlay {
+        /// Resource id.
+        drive: String,
+        /// What is wrong with it.
+        source: LayerError,
+    },
+    /// What the guest wrote would be over another base.
+    #[error("drive {drive} has an overlay: its file cannot be replaced under it")]
+    HasOverlay {
         /// Resource id.
         drive: String,
     },
@@ -133,12 +155,12 @@ impl Requests {
 }
 
 impl Block {
-    /// A drive on `backend`, opened for reading and, unless it is read-only, writing.
+    /// A drive on `backend`.
     ///
     /// # Errors
     ///
     /// [`Error`] if `backend` is no disk, or the host lacks what the configuration needs.
-    pub fn new(config: &DriveConfig, backend: File, metrics: Arc<metrics::Block>) -> Result<Self, Error> {
+    pub fn new(config: &DriveConfig, backend: impl Into<Backend>, metrics: Arc<metrics::Block>) -> Result<Self, Error> {
         let drive = config.drive_id.clone();
         let limiter = RateLimiter::new(&config.rate_limiter).map_err(|source| Error::Timer { drive, source })?;
         let rules = Rules {
@@ -146,12 +168,12 @@ impl Block {
             flush: config.cache_type == CacheType::Writeback,
             discard: config.discard,
         };
-        let disk = Disk::new(backend, &config.drive_id)?;
+        let disk = Disk::new(backend.into(), &config.drive_id)?;
         let depth = match config.io_engine {
             IoEngine::Sync => 1,
             IoEngine::Async => ASYNC_DEPTH,
         };
-        let engine = Engine::new(config.io_engine, &disk.file, depth)
+        let engine = Engine::new(config.io_engine, &disk.descriptors(), depth)
             .map_err(|source| Error::Async { drive: config.drive_id.clone(), source })?;
         let mut features = 1 << VIRTIO_BLK_F_SEG_MAX;
         for (offered, bit) in [
@@ -162,6 +184,7 @@ impl Block {
         ] {
             features |= u64::from(offered) << bit;
         }
+        metrics.overlay_bytes.set(disk.overlay.as_ref().map_or(0, Overlay::bytes));
         Ok(Self {
             drive_id: config.drive_id.clone(),
             rules,
@@ -187,12 +210,50 @@ impl Block {
     ///
     /// As [`Self::new`]; the drive then stays as it was.
     pub fn update_backend(&mut self, backend: File) -> Result<(), Error> {
-        let disk = Disk::new(backend, &self.drive_id)?;
         let drive = self.drive_id.clone();
+        if self.disk.overlay.is_some() {
+            return Err(Error::HasOverlay { drive });
+        }
+        let disk = Disk::new(backend.into(), &self.drive_id)?;
         self.engine.set_file(&disk.file).map_err(|source| Error::Async { drive, source })?;
         self.disk = disk;
         self.metrics.update_count.inc();
         Ok(())
+    }
+
+    /// Forgets what the guest wrote to the overlay, if there is one. Nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses; the drive is then in no state to be used.
+    pub fn clear_overlay(&mut self) -> Result<(), Error> {
+        let Some(overlay) = &mut self.disk.overlay else { return Ok(()) };
+        overlay.clear().map_err(|source| Error::Overlay { drive: self.drive_id.clone(), source })?;
+        self.metrics.overlay_bytes.set(0);
+        Ok(())
+    }
+
+    /// Whether its writes go to a layer.
+    pub fn has_overlay(&self) -> bool {
+        self.disk.overlay.is_some()
+    }
+
+    /// Writes what is not in the base to `file`, which is empty, as the layer of snapshot `id`.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses: the disk is full, say.
+    pub fn copy_overlay(&self, file: &File, id: LayerId) -> Result<(), Error> {
+        let Some(overlay) = &self.disk.overlay else { return Ok(()) };
+        overlay.copy_to(file, id).map_err(|source| Error::Overlay { drive: self.drive_id.clone(), source })
+    }
+
+    /// At the end, when nothing is in flight: the next process finds what the guest wrote, whether it
+    /// flushed that or not.
+    pub fn finish(&mut self) {
+        if let Some(Err(error)) = self.disk.overlay.as_mut().map(Overlay::flush) {
+            log::error!("drive {}: what was not flushed is lost: {error}", self.drive_id);
+        }
     }
 
     /// Changes the limits.
@@ -260,12 +321,14 @@ impl Block {
         let status = loop {
             match step {
                 Step::Operate => {
+                    let (place, operation) = request.operation(&self.disk);
+                    let file = (place, self.disk.file_at(place));
                     // SAFETY: the vector belongs to the request, which is not touched before its
                     // result is there; the buffers lie in guest RAM, which `active` keeps until
                     // no request is in use. Both outlive the engine: fields drop in order.
-                    let result = unsafe { self.engine.start(&self.disk.file, token, &request.operation()) };
+                    let result = unsafe { self.engine.start(file, token, &operation) };
                     let Some(result) = result else { return };
-                    step = request.advance(result);
+                    step = request.advance(result, &mut self.disk);
                 }
                 Step::Done(status) => break status,
                 Step::Failed(error) => {
@@ -275,6 +338,9 @@ impl Block {
             }
         };
         count(&self.metrics, request, status);
+        if let Some(overlay) = &self.disk.overlay {
+            self.metrics.overlay_bytes.set(overlay.bytes());
+        }
         // SAFETY: the request was parsed with this memory, which `active` keeps.
         let (head, written) = unsafe { request.finish(status) };
         self.requests.release(token);
@@ -299,7 +365,7 @@ impl Block {
     }
 
     fn complete(&mut self, token: u16, result: io::Result<usize>) {
-        let step = self.requests.slots[usize::from(token)].advance(result);
+        let step = self.requests.slots[usize::from(token)].advance(result, &mut self.disk);
         self.proceed(token, step);
     }
 
@@ -418,3 +484,5 @@ mod tests;
 mod tests_host;
 #[cfg(test)]
 mod tests_in_flight;
+#[cfg(test)]
+mod tests_overlay;

@@ -2,6 +2,7 @@
 //! the host file comes next. It does no I/O itself, so both engines run it.
 
 use std::io;
+use std::mem;
 use std::ptr;
 use std::sync::atomic::AtomicU8;
 
@@ -12,7 +13,9 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use super::bitmap::Bitmap;
 use super::disk::{Disk, SECTOR_SIZE};
+use super::overlay::Place;
 use crate::devices::virtio::{Buffers, IoVecs, Violation};
 
 /// Status byte of a request (virtio 1.2 §5.2.6).
@@ -41,7 +44,7 @@ pub(super) struct Rules {
     pub(super) discard: bool,
 }
 
-/// One operation on the host file. At most `i32::MAX` bytes are done at once by the host.
+/// One operation on a host file. At most `i32::MAX` bytes are done at once by the host.
 #[derive(Debug)]
 pub(super) enum Operation<'a> {
     Read { into: &'a [iovec], offset: u64 },
@@ -119,6 +122,10 @@ pub(super) struct Request {
     ranges: Vec<Range>,
     method: Method,
     zeroes: IoVecs,
+    /// The part of a read that comes from one file.
+    part: IoVecs,
+    /// What a flush has to announce once the data is on disk.
+    unsaved: Bitmap,
 }
 
 // SAFETY: `status` points into guest RAM, as the pointers in `IoVecs` do: see there.
@@ -136,6 +143,8 @@ impl Default for Request {
             ranges: Vec::new(),
             method: Method::PunchHole,
             zeroes: IoVecs::default(),
+            part: IoVecs::default(),
+            unsaved: Bitmap::default(),
         }
     }
 }
@@ -170,7 +179,7 @@ impl Request {
             Kind::Read => self.begin_transfer(sector, self.buffers.writable.len(), disk),
             Kind::Write if rules.read_only => Step::Done(Status::IoError),
             Kind::Write => self.begin_transfer(sector, self.buffers.readable.len(), disk),
-            Kind::Flush if rules.flush => Step::Operate,
+            Kind::Flush if rules.flush => self.begin_flush(disk),
             Kind::GetId => {
                 // SAFETY: `parse`, from which this is called, promises that the memory is alive.
                 self.length = unsafe { self.buffers.writable.write(&disk.id) } as u64;
@@ -180,6 +189,14 @@ impl Request {
             Kind::Discard | Kind::WriteZeroes if rules.discard => self.begin_ranges(disk),
             _ => Step::Done(Status::Unsupported),
         }
+    }
+
+    /// What has been written so far is to be on disk. Of a layer that nobody finds nothing has to be.
+    fn begin_flush(&mut self, disk: &Disk) -> Step {
+        let Some(overlay) = &disk.overlay else { return Step::Operate };
+        let Some(unsaved) = overlay.unsaved() else { return Step::Done(Status::Ok) };
+        self.unsaved = unsaved;
+        Step::Operate
     }
 
     fn begin_transfer(&mut self, sector: u64, length: u64, disk: &Disk) -> Step {
@@ -233,39 +250,78 @@ impl Request {
         Step::Operate
     }
 
-    /// The operation that [`Step::Operate`] asks for.
-    pub(super) fn operation(&self) -> Operation<'_> {
+    /// The operation that [`Step::Operate`] asks for, and on which of the disk's files.
+    pub(super) fn operation(&mut self, disk: &Disk) -> (Place, Operation<'_>) {
         match self.kind {
-            Kind::Read => Operation::Read { into: self.buffers.writable.as_slice(), offset: self.offset },
-            Kind::Write => Operation::Write { from: self.buffers.readable.as_slice(), offset: self.offset },
-            Kind::Discard | Kind::WriteZeroes => self.range_operation(),
-            Kind::Flush | Kind::GetId | Kind::Other(_) => Operation::Sync,
+            Kind::Read => self.read_operation(disk),
+            Kind::Write => {
+                let (place, offset) = disk.target(self.offset);
+                (place, Operation::Write { from: self.buffers.readable.as_slice(), offset })
+            }
+            Kind::Discard | Kind::WriteZeroes => self.range_operation(disk),
+            Kind::Flush | Kind::GetId | Kind::Other(_) => (disk.target(0).0, Operation::Sync),
         }
     }
 
-    fn range_operation(&self) -> Operation<'_> {
-        let Some(&Range { offset, length, .. }) = self.ranges.last() else { return Operation::Sync };
+    /// Reads as far as one file goes.
+    fn read_operation(&mut self, disk: &Disk) -> (Place, Operation<'_>) {
+        let all = &self.buffers.writable;
+        let (place, offset, length) = disk.find(self.offset, all.len());
+        if length == all.len() {
+            return (place, Operation::Read { into: all.as_slice(), offset });
+        }
+        self.part.clear();
+        self.part.append_up_to(all, length);
+        (place, Operation::Read { into: self.part.as_slice(), offset })
+    }
+
+    fn range_operation(&self, disk: &Disk) -> (Place, Operation<'_>) {
+        let Some(&Range { offset, length, .. }) = self.ranges.last() else { return (Place::Base, Operation::Sync) };
         let mode = match self.method {
             Method::PunchHole => FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
             Method::ZeroRange => FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
-            Method::WriteZeroes => return Operation::Write { from: self.zeroes.as_slice(), offset: self.offset },
+            Method::WriteZeroes => {
+                let (place, offset) = disk.target(self.offset);
+                return (place, Operation::Write { from: self.zeroes.as_slice(), offset });
+            }
         };
-        Operation::Allocate { mode, offset, length }
+        let (place, offset) = disk.target(offset);
+        (place, Operation::Allocate { mode, offset, length })
     }
 
     /// Takes the result of [`Self::operation`] and says what comes next. A part done is continued
     /// where it stopped.
-    pub(super) fn advance(&mut self, result: io::Result<usize>) -> Step {
+    pub(super) fn advance(&mut self, result: io::Result<usize>, disk: &mut Disk) -> Step {
         match (self.kind, result) {
-            (Kind::Discard | Kind::WriteZeroes, result) => self.advance_range(result),
+            (Kind::Discard | Kind::WriteZeroes, result) => self.advance_range(result, disk),
             (_, Err(error)) => Step::Failed(error),
             (Kind::Read, Ok(count)) => advance_transfer(&mut self.buffers.writable, &mut self.offset, count),
-            (Kind::Write, Ok(count)) => advance_transfer(&mut self.buffers.readable, &mut self.offset, count),
-            (Kind::Flush | Kind::GetId | Kind::Other(_), Ok(_)) => Step::Done(Status::Ok),
+            (Kind::Write, Ok(count)) => {
+                let step = advance_transfer(&mut self.buffers.readable, &mut self.offset, count);
+                if matches!(step, Step::Done(_)) {
+                    disk.wrote(self.offset - self.length, self.length);
+                }
+                step
+            }
+            (Kind::Flush, Ok(_)) => self.advance_flush(disk),
+            (Kind::GetId | Kind::Other(_), Ok(_)) => Step::Done(Status::Ok),
         }
     }
 
-    fn advance_range(&mut self, result: io::Result<usize>) -> Step {
+    /// The data is on disk: what announces it may be written, and has to be on disk as well. The few pages
+    /// of it are written at once, whichever engine syncs them.
+    fn advance_flush(&mut self, disk: &mut Disk) -> Step {
+        let unsaved = mem::take(&mut self.unsaved);
+        match &mut disk.overlay {
+            Some(overlay) if unsaved.count() > 0 => match overlay.save(&unsaved) {
+                Ok(()) => Step::Operate,
+                Err(error) => Step::Failed(error),
+            },
+            _ => Step::Done(Status::Ok),
+        }
+    }
+
+    fn advance_range(&mut self, result: io::Result<usize>, disk: &mut Disk) -> Step {
         let finished = match (self.method, result) {
             (Method::WriteZeroes, Ok(count)) => match advance_transfer(&mut self.zeroes, &mut self.offset, count) {
                 Step::Done(_) => true,
@@ -276,7 +332,9 @@ impl Request {
             (_, Err(error)) => return Step::Failed(error),
         };
         if finished {
-            self.ranges.pop();
+            if let Some(range) = self.ranges.pop() {
+                disk.wrote(range.offset, range.length);
+            }
             return self.begin_range();
         }
         self.method = match self.method {
@@ -359,142 +417,4 @@ fn words(bytes: [u8; 16]) -> [u32; 4] {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::FileExt;
-
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
-
-    use super::*;
-    use crate::memory::GuestMemory;
-
-    const SECTORS: u64 = 64;
-    const ANYTHING: Rules = Rules { read_only: false, flush: true, discard: true };
-
-    fn memory() -> GuestMemory {
-        crate::memory::pieces(&[(0, 1 << 20)])
-    }
-
-    fn disk() -> Disk {
-        let file = tempfile::tempfile().unwrap();
-        file.write_all_at(&pattern(0), 0).unwrap();
-        Disk::new(file, "d").unwrap()
-    }
-
-    fn pattern(salt: usize) -> Vec<u8> {
-        (0..(SECTORS * SECTOR_SIZE) as usize).map(|i| (i * 7 + i / 251 + salt) as u8).collect()
-    }
-
-    /// A request of `kind` at sector 0 for all the data at 0x1000, in pieces of 1000 bytes.
-    fn request(memory: &GuestMemory, kind: u32, data: u64, disk: &Disk) -> (Request, Step) {
-        let host = |at| memory.get_host_address(GuestAddress(at)).unwrap();
-        memory.write_obj([kind, 0, 0, 0], GuestAddress(0)).unwrap();
-        let mut request = Request::default();
-        let Buffers { readable, writable } = &mut request.buffers;
-        readable.push(host(0), 16);
-        let vecs = if kind == VIRTIO_BLK_T_IN { &mut *writable } else { readable };
-        for at in (0..data).step_by(1000) {
-            vecs.push(host(0x1000 + at), 1000.min(data - at) as usize);
-        }
-        writable.push(host(0x100), 1);
-        // SAFETY: the caller holds the memory.
-        let step = unsafe { request.parse(3, disk, ANYTHING) }.unwrap();
-        (request, step)
-    }
-
-    /// A host that does at most `most` bytes at a time, and supports no fallocate.
-    fn reluctantly(most: usize, file: &File, operation: &Operation<'_>) -> io::Result<usize> {
-        let (vecs, write, mut offset) = match *operation {
-            Operation::Read { into, offset } => (into, false, offset),
-            Operation::Write { from, offset } => (from, true, offset),
-            Operation::Sync => return Ok(0),
-            Operation::Allocate { .. } => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
-        };
-        let mut done = 0;
-        for vec in vecs {
-            let step = vec.iov_len.min(most - done);
-            let mut bytes = vec![0; step];
-            // SAFETY: the request's memory is alive; nobody else accesses it.
-            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), step) };
-            if write {
-                slice.copy_to(&mut bytes);
-                file.write_all_at(&bytes, offset)?;
-            } else {
-                file.read_exact_at(&mut bytes, offset)?;
-                slice.copy_from(&bytes);
-            }
-            offset += step as u64;
-            done += step;
-        }
-        Ok(done)
-    }
-
-    fn carry_out(request: &mut Request, mut step: Step, most: usize, disk: &Disk) -> Status {
-        loop {
-            match step {
-                Step::Operate => step = request.advance(reluctantly(most, &disk.file, &request.operation())),
-                Step::Done(status) => return status,
-                Step::Failed(error) => panic!("{error}"),
-            }
-        }
-    }
-
-    #[test]
-    fn what_the_host_does_in_parts_is_neither_repeated_nor_lost() {
-        let length = SECTORS * SECTOR_SIZE;
-        for most in [1, 7, 511, 512, 999, 1000, 1001, 4096, 1 << 20] {
-            let (memory, disk) = (memory(), disk());
-            let (mut read, step) = request(&memory, VIRTIO_BLK_T_IN, length, &disk);
-            assert_eq!(carry_out(&mut read, step, most, &disk), Status::Ok);
-            // SAFETY: the memory is alive.
-            assert_eq!(unsafe { read.finish(Status::Ok) }, (3, length as u32 + 1));
-            let mut data = vec![0; length as usize];
-            memory.read_slice(&mut data, GuestAddress(0x1000)).unwrap();
-            assert_eq!(data, pattern(0));
-
-            memory.write_slice(&pattern(99), GuestAddress(0x1000)).unwrap();
-            let (mut write, step) = request(&memory, VIRTIO_BLK_T_OUT, length, &disk);
-            assert_eq!(carry_out(&mut write, step, most, &disk), Status::Ok);
-            disk.file.read_exact_at(&mut data, 0).unwrap();
-            assert_eq!(data, pattern(99));
-        }
-    }
-
-    #[test]
-    fn a_host_that_can_neither_punch_nor_zero_is_written_zeroes() {
-        for unmap in [0u32, 1] {
-            let (memory, disk) = (memory(), disk());
-            memory.write_obj([1, 0, SECTORS as u32 - 2, unmap], GuestAddress(0x1000)).unwrap();
-            let (mut zero, step) = request(&memory, VIRTIO_BLK_T_WRITE_ZEROES, 16, &disk);
-            assert_eq!(carry_out(&mut zero, step, 777, &disk), Status::Ok);
-            let mut expected = pattern(0);
-            let end = expected.len() - 512;
-            expected[512..end].fill(0);
-            let mut data = vec![0; expected.len()];
-            disk.file.read_exact_at(&mut data, 0).unwrap();
-            assert_eq!(data, expected);
-        }
-    }
-
-    #[test]
-    fn a_discard_the_host_does_not_know_is_unsupported() {
-        let (memory, disk) = (memory(), disk());
-        memory.write_obj([0u32, 0, 8, 0], GuestAddress(0x1000)).unwrap();
-        let (mut discard, step) = request(&memory, VIRTIO_BLK_T_DISCARD, 16, &disk);
-        assert_eq!(carry_out(&mut discard, step, 1, &disk), Status::Unsupported);
-    }
-
-    #[test]
-    fn an_error_of_the_host_ends_a_request() {
-        for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_FLUSH] {
-            let (memory, disk) = (memory(), disk());
-            let (mut request, step) = request(&memory, kind, 512, &disk);
-            assert!(matches!(step, Step::Operate));
-            let error = io::Error::from_raw_os_error(libc::EIO);
-            assert!(matches!(request.advance(Err(error)), Step::Failed(_)));
-            // SAFETY: the memory is alive.
-            assert_eq!(unsafe { request.finish(Status::IoError) }, (3, 1));
-            assert_eq!(memory.read_obj::<u8>(GuestAddress(0x100)).unwrap(), 1);
-        }
-    }
-}
+mod tests;

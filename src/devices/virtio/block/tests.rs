@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub(super) const DATA: u64 = BUFFERS + 0x1000;
 /// Both engines; Sync alone, visibly, where the host has no io_uring.
 pub(super) fn engines() -> Vec<IoEngine> {
     let mut engines = vec![IoEngine::Sync];
-    match Engine::new(IoEngine::Async, &tempfile::tempfile().unwrap(), 1) {
+    match Engine::new(IoEngine::Async, &[tempfile::tempfile().unwrap().as_raw_fd()], 1) {
         Ok(_) => engines.push(IoEngine::Async),
         Err(error) => eprintln!("SKIPPED: the Async engine: {error}"),
     }
@@ -47,6 +48,7 @@ pub(super) fn drive(engine: IoEngine) -> DriveConfig {
         io_engine: engine,
         rate_limiter: RateLimiterConfig::default(),
         discard: true,
+        overlay: None,
     }
 }
 

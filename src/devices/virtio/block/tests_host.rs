@@ -106,7 +106,7 @@ fn a_host_that_refuses_is_an_io_error() {
 }
 
 /// A file on a file system of its own that holds `size` bytes, if we may have one.
-fn file_on_a_small_file_system(size: u64) -> Option<File> {
+pub(super) fn file_on_a_small_file_system(size: u64) -> Option<File> {
     use std::ffi::CString;
     use std::os::fd::{AsRawFd, FromRawFd};
     let string = |text: &str| CString::new(text).unwrap();

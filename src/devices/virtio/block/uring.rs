@@ -1,8 +1,8 @@
-//! The Async engine: io_uring, confined to one file and five operations.
+//! The Async engine: io_uring, confined to a drive's files and five operations.
 //!
-//! The ring starts disabled, gets its file, its eventfd and its restrictions, and is only then
+//! The ring starts disabled, gets its files, its eventfd and its restrictions, and is only then
 //! enabled: whatever corrupts this process later, the ring reads, writes, syncs and allocates the
-//! drive's file and nothing else.
+//! drive's files, as they were opened, and nothing else.
 //!
 //! A flush is not ordered against what else is in flight: it has to cover the writes that were
 //! completed before it was submitted (virtio 1.2 §5.2.6.2), and their data is with the host.
@@ -18,10 +18,9 @@ use io_uring::{IoUring, opcode};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::engine::count;
+use super::overlay::Place;
 use super::request::Operation;
 
-/// The drive's file in the ring's table.
-const FILE: Fixed = Fixed(0);
 /// `IORING_REGISTER_FILES_UPDATE`: the one registration that stays allowed, to change the file.
 const REGISTER_FILES_UPDATE: u8 = 6;
 
@@ -33,12 +32,12 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    /// A ring on `file` with room for `depth` operations.
-    pub(super) fn new(file: &File, depth: u16) -> io::Result<Self> {
+    /// A ring on `files`, in the order of their [`Place`]s, with room for `depth` operations.
+    pub(super) fn new(files: &[RawFd], depth: u16) -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().dontfork().build(depth.into())?;
         let completion = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let submitter = ring.submitter();
-        submitter.register_files(&[file.as_raw_fd()])?;
+        submitter.register_files(files)?;
         submitter.register_eventfd(completion.as_raw_fd())?;
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Readv::CODE),
@@ -57,12 +56,12 @@ impl Uring {
         self.completion.as_raw_fd()
     }
 
-    /// Replaces the file. What is in flight finishes on the old one.
+    /// Replaces the base. What is in flight finishes on the old one.
     pub(super) fn set_file(&self, file: &File) -> io::Result<()> {
-        self.ring.submitter().register_files_update(0, &[file.as_raw_fd()]).map(drop)
+        self.ring.submitter().register_files_update(Place::Base as u32, &[file.as_raw_fd()]).map(drop)
     }
 
-    /// Queues `operation`; its result comes from [`Self::completed`] with the same `token`.
+    /// Queues `operation` on the file at `place`; its result comes from [`Self::completed`] with the same `token`.
     ///
     /// # Errors
     ///
@@ -72,17 +71,18 @@ impl Uring {
     ///
     /// The operation's vector and the buffers it names stay where they are until its result came,
     /// or this engine is dropped.
-    pub(super) unsafe fn start(&mut self, token: u16, operation: &Operation<'_>) -> io::Result<()> {
+    pub(super) unsafe fn start(&mut self, place: Place, token: u16, operation: &Operation<'_>) -> io::Result<()> {
+        let file = Fixed(place as u32);
         let entry: Entry = match *operation {
             Operation::Read { into, offset } => {
-                opcode::Readv::new(FILE, into.as_ptr(), count(into)).offset(offset).build()
+                opcode::Readv::new(file, into.as_ptr(), count(into)).offset(offset).build()
             }
             Operation::Write { from, offset } => {
-                opcode::Writev::new(FILE, from.as_ptr(), count(from)).offset(offset).build()
+                opcode::Writev::new(file, from.as_ptr(), count(from)).offset(offset).build()
             }
-            Operation::Sync => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
+            Operation::Sync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
             Operation::Allocate { mode, offset, length } => {
-                opcode::Fallocate::new(FILE, length).offset(offset).mode(mode).build()
+                opcode::Fallocate::new(file, length).offset(offset).mode(mode).build()
             }
         };
         // SAFETY: what the entry points to lives long enough by this function's contract; `Drop`
@@ -146,6 +146,8 @@ mod tests {
 
     use super::*;
 
+    const FILE: Fixed = Fixed(Place::Base as u32);
+
     /// The result of `entry`, which the test got by without [`Uring::start`].
     fn force(uring: &mut Uring, entry: &Entry) -> io::Result<usize> {
         // SAFETY: no entry of these tests names memory that does not outlive it.
@@ -159,7 +161,7 @@ mod tests {
     fn the_ring_does_nothing_but_what_a_drive_needs_and_only_to_its_file() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"one", 0).unwrap();
-        let mut uring = match Uring::new(&file, 4) {
+        let mut uring = match Uring::new(&[file.as_raw_fd()], 4) {
             Ok(uring) => uring,
             Err(error) => return eprintln!("SKIPPED: io_uring: {error}"),
         };
@@ -198,12 +200,12 @@ mod tests {
     #[test]
     fn more_than_the_ring_holds_is_refused_and_nothing_is_lost() {
         let file = tempfile::tempfile().unwrap();
-        let mut uring = match Uring::new(&file, 2) {
+        let mut uring = match Uring::new(&[file.as_raw_fd()], 2) {
             Ok(uring) => uring,
             Err(error) => return eprintln!("SKIPPED: io_uring: {error}"),
         };
         // SAFETY: no buffers.
-        let mut start = |token| unsafe { uring.start(token, &Operation::Sync) };
+        let mut start = |token| unsafe { uring.start(Place::Base, token, &Operation::Sync) };
         start(0).unwrap();
         start(1).unwrap();
         assert_eq!(start(2).unwrap_err().raw_os_error(), Some(libc::EBUSY));
