@@ -175,14 +175,15 @@ fn a_reset_drops_what_was_written_to_an_overlay() {
 }
 
 #[test]
-fn a_layer_with_a_path_is_found_by_the_next_boot() {
+fn an_overlay_with_a_path_is_found_by_the_next_boot() {
     for engine in ["Sync", "Async"] {
         let image = Image::new();
         let overlay = json!({ "layer_path": image.path("layer") });
         let guest = || image.guest(json!({ "overlay": overlay, "cache_type": "Writeback", "io_engine": engine }));
         let mut vm = guest().boot();
         put(&mut vm, 1, "flushed");
-        vm.ok("fsync /dev/vda");
+        vm.ok("dd if=/dev/zero of=/dev/vda bs=4k seek=3 count=1 conv=notrunc,fsync 2>/dev/null");
+        assert!(vm.metric("vesicle_block_flush_count_total{drive_id=\"data\"}") > 0);
         let other = guest().no_job().configure();
         let refusal = other.refused_put("/actions", &json!({ "action_type": "InstanceStart" }));
         assert!(refusal.contains("in use by another drive"), "{refusal}");
