@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::devices;
 use super::lifecycle::Machine;
-use super::snapshot::SnapshotError;
+use super::snapshot::{SnapshotError, file_error};
+use super::{Error, devices};
 use crate::config::{DriveConfig, DriveOverride, OverlayConfig, SnapshotCreate, SnapshotLoad, VmConfig};
 use crate::devices::virtio::Block;
 use crate::snapshot::Id;
@@ -32,31 +32,27 @@ pub fn in_use(config: &VmConfig) -> impl Iterator<Item = &PathBuf> {
 }
 
 /// Writes the layer of each overlay, on disk before it returns; to be published.
-pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<(PathBuf, Draft)>, SnapshotError> {
+pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<(PathBuf, Draft)>, Error> {
     let mut drafts = Vec::new();
     devices::each_drive(&machine.bus, |drive| {
         if !drive.has_overlay() {
-            return Ok::<_, SnapshotError>(());
+            return Ok::<_, Error>(());
         }
-        let path = layer_path(&request.snapshot_path, drive.drive_id());
-        let fail = |what| {
-            let path = path.clone();
-            move |source| SnapshotError::File { what, path, source }
-        };
-        let draft = Draft::create(&path).map_err(fail("create"))?;
+        let path = &layer_path(&request.snapshot_path, drive.drive_id());
+        let fail = |what| move |source| file_error(what, path, source);
+        let draft = Draft::create(path).map_err(fail("create"))?;
         drive.copy_overlay(draft.file(), id).map_err(SnapshotError::Layer)?;
         draft.sync().map_err(fail("write"))?;
-        drafts.push((path, draft));
+        drafts.push((path.clone(), draft));
         Ok(())
     })?;
     Ok(drafts)
 }
 
 /// Puts the layers in their places.
-pub fn publish(layers: Vec<(PathBuf, Draft)>) -> Result<(), SnapshotError> {
-    let publish = |(path, layer): (_, Draft)| {
-        layer.publish().map_err(|source| SnapshotError::File { what: "create", path, source })
-    };
+pub fn publish(layers: Vec<(PathBuf, Draft)>) -> Result<(), Error> {
+    let publish =
+        |(path, layer): (PathBuf, Draft)| layer.publish().map_err(|source| file_error("create", &path, source));
     layers.into_iter().try_for_each(publish)
 }
 

@@ -480,7 +480,7 @@ fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id:
 }
 
 /// A snapshot's file cannot be written; maybe because its directory was given up.
-fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
+pub(super) fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
     match source.kind() {
         ErrorKind::PermissionDenied if restricts_paths() => {
             Error::OutOfReach { what: "the snapshot's file", path: path.to_owned(), source }
