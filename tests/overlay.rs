@@ -114,7 +114,7 @@ fn a_guest_with_an_overlay_writes_and_its_image_stays_as_it_was() {
 #[test]
 fn clones_of_one_snapshot_have_overlays_of_their_own() {
     let image = Image::new();
-    let mut vm = image.guest(json!({ "io_engine": "Async" })).boot();
+    let mut vm = image.guest(json!({ "io_engine": "Async" })).argument("--allow-path=/").boot();
     put(&mut vm, 1, "before");
     vm.pause();
     vm.put("/snapshot/create", &image.create("one"));
@@ -146,7 +146,7 @@ fn clones_of_one_snapshot_have_overlays_of_their_own() {
     third.shut_down();
     // Without its layer a snapshot is no snapshot.
     fs::remove_file(image.path("two.data.layer")).unwrap();
-    let alone = Guest::tuned().no_job().launch();
+    let alone = Guest::tuned().no_job().argument("--allow-path=/").launch();
     let refusal = alone.refused_put("/snapshot/load", &image.load("two"));
     assert!(refusal.contains("two.data.layer"), "{refusal}");
 }
@@ -154,7 +154,7 @@ fn clones_of_one_snapshot_have_overlays_of_their_own() {
 #[test]
 fn a_reset_drops_what_was_written_to_an_overlay() {
     let image = Image::new();
-    let mut vm = image.guest(json!({})).boot();
+    let mut vm = image.guest(json!({})).argument("--allow-path=/").boot();
     put(&mut vm, 1, "before");
     vm.pause();
     vm.put("/snapshot/create", &image.create("one"));

@@ -10,7 +10,7 @@ use super::{Error, lifecycle::refuse};
 use crate::config::{DriveUpdate, NetUpdate, VmConfig};
 use crate::control::Refusal;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio, Vsock};
+use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio, Vsock, block};
 use crate::metrics;
 use crate::mmds::{self, Endpoint};
 
@@ -86,13 +86,17 @@ pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpda
     let device = device_at(bus, index).ok_or_else(unknown)?;
     let drive = &mut config.drives[index];
     if let Some(path) = &update.path_on_host {
+        let refused = |source| refuse(Error::Drive { id: update.drive_id.clone(), source });
+        if drive.overlay.is_some() {
+            return Err(refused(block::Error::HasOverlay { drive: update.drive_id.clone() }));
+        }
         let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
         device
             .update(|device| match device {
                 Device::Block(block) => block.update_backend(file).map(|()| ConfigChange::Changed),
                 _ => Ok(ConfigChange::Unchanged),
             })
-            .map_err(|source| refuse(Error::Drive { id: update.drive_id.clone(), source }))?;
+            .map_err(refused)?;
         drive.path_on_host.clone_from(path);
     }
     if let Some(limits) = &update.rate_limiter {
