@@ -11,16 +11,17 @@ use std::io;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::{self, error::RecvError};
@@ -163,24 +164,52 @@ async fn accept(listener: &UnixListener, connections: &mut JoinSet<()>, server: 
     Ok(stream)
 }
 
-async fn connection(server: Arc<Server>, stream: UnixStream, busy: bool, mut stop: watch::Receiver<()>) {
-    let service = service_fn(|request| {
-        let server = Arc::clone(&server);
-        async move { Ok::<_, Infallible>(if busy { turn_away() } else { server.answer(request).await }) }
-    });
-    let serving = http1::Builder::new()
+/// Serves a connection until its client closes it or asks for that. Clients of HTTP/1.0 are known that send one request
+/// after the other on a connection without asking that it be kept, so it is.
+async fn connection(server: Arc<Server>, mut stream: UnixStream, busy: bool, mut stop: watch::Receiver<()>) {
+    let mut builder = http1::Builder::new();
+    builder
         .timer(TokioTimer::new())
         .header_read_timeout(if busy { TURN_AWAY_TIMEOUT } else { server.limits.head_timeout })
         .max_buf_size(HEAD_BUFFER)
         .keep_alive(!busy)
-        .auto_date_header(false)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut serving = pin!(serving);
-    // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
-    if let First::Left(_) = first(stop.changed(), serving.as_mut()).await {
-        serving.as_mut().graceful_shutdown();
-        let _ = serving.await;
+        .auto_date_header(false);
+    loop {
+        let is_kept = AtomicBool::new(false);
+        let service = service_fn(|request| {
+            let (server, is_kept) = (Arc::clone(&server), &is_kept);
+            Box::pin(async move {
+                let may_be_kept = !busy && is_unaware_of_keep_alive(&request);
+                let response = if busy { turn_away() } else { server.answer(request).await };
+                // A reply without a length ends with the connection.
+                is_kept.store(may_be_kept && matches!(response.body(), Reply::Whole(_)), Ordering::Relaxed);
+                Ok::<_, Infallible>(response)
+            })
+        });
+        let mut serving = builder.serve_connection(TokioIo::new(stream), service);
+        let served = std::future::poll_fn(|context| serving.poll_without_shutdown(context));
+        match first(stop.changed(), served).await {
+            First::Left(_) => {
+                Pin::new(&mut serving).graceful_shutdown();
+                let _ = serving.await;
+                return;
+            }
+            First::Right(Ok(())) if is_kept.load(Ordering::Relaxed) => {}
+            // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
+            First::Right(_) => return,
+        }
+        let parts = serving.into_parts();
+        // Nobody is known who does not wait for the reply.
+        if !parts.read_buf.is_empty() {
+            return;
+        }
+        stream = parts.io.into_inner();
     }
+}
+
+/// Whether a request is of HTTP/1.0 and does not say whether its connection is to be kept.
+fn is_unaware_of_keep_alive(request: &Request<Incoming>) -> bool {
+    request.version() == Version::HTTP_10 && !request.headers().contains_key(CONNECTION)
 }
 
 fn turn_away() -> Response<Reply> {

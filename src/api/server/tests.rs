@@ -152,6 +152,26 @@ fn requests_in_one_packet_are_answered_in_order() {
 }
 
 #[test]
+fn an_old_client_that_does_not_ask_for_it_keeps_its_connection() {
+    let api = Api::new(Limits::default());
+    let mut client = api.connect();
+    for _ in 0..3 {
+        client.send("GET / HTTP/1.0\r\n\r\n");
+        assert_eq!(client.reply().0, 200);
+        client.send("PUT /actions HTTP/1.0\r\nContent-Length: 33\r\n\r\n{\"action_type\": \"SendCtrlAltDel\"}");
+        assert!(client.head().contains(" 204 "));
+    }
+    client.send("GET / HTTP/1.0\r\nConnection: close\r\n\r\n");
+    assert!(client.rest().contains(" 200 "), "and then the connection ends");
+
+    let mut client = api.connect();
+    client.send("GET /events HTTP/1.0\r\n\r\n");
+    client.head();
+    drop(api);
+    client.rest();
+}
+
+#[test]
 fn a_deprecated_field_is_answered_with_a_header() {
     let api = Api::new(Limits::default());
     let mut client = api.connect();
