@@ -3,78 +3,16 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use common::tap::{Server, Tap, host, mac};
 use common::{Guest, MicroVm, PATIENCE};
 use serde_json::{Value, json};
-
-/// A TAP with an address, which nobody else has. It goes when this is dropped.
-struct Tap {
-    name: String,
-    net: u8,
-}
-
-/// Runs a command of the host, which must succeed.
-fn host(command: &str) -> String {
-    let output = Command::new("sh").args(["-c", command]).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-impl Tap {
-    fn new() -> Self {
-        static NEXT: AtomicU8 = AtomicU8::new(1);
-        let net = NEXT.fetch_add(1, Ordering::SeqCst);
-        let tap = Self { name: format!("test{net}"), net };
-        let name = &tap.name;
-        host(&format!("ip tuntap add dev {name} mode tap vnet_hdr && ip addr add {}/24 dev {name}", tap.host()));
-        host(&format!("ip link set {name} up"));
-        tap
-    }
-
-    fn mtu(self, mtu: u16) -> Self {
-        host(&format!("ip link set {} mtu {mtu}", self.name));
-        self
-    }
-
-    /// The host's address.
-    fn host(&self) -> String {
-        format!("10.77.{}.1", self.net)
-    }
-
-    /// The guest's address.
-    fn guest(&self) -> String {
-        format!("10.77.{}.2", self.net)
-    }
-
-    /// What the host's kernel has counted.
-    fn statistic(&self, name: &str) -> u64 {
-        let path = format!("/sys/class/net/{}/statistics/{name}", self.name);
-        std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
-    }
-
-    /// Has the guest take its address on `device`.
-    fn set_up(&self, vm: &mut MicroVm, device: &str) {
-        vm.ok(&format!("ip addr add {}/24 dev {device} && ip link set {device} up", self.guest()));
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "del", &self.name]).status();
-    }
-}
-
-fn mac(net: u8) -> Value {
-    json!({ "guest_mac": format!("06:00:0a:4d:{net:02x}:02") })
-}
 
 #[test]
 fn host_and_guest_ping_each_other() {
@@ -97,32 +35,6 @@ fn iperf(vm: &mut MicroVm, tap: &Tap, port: u16, options: &str) -> f64 {
     let words: Vec<_> = line.split_ascii_whitespace().collect();
     let unit = words.iter().position(|word| *word == "Kbits/sec").unwrap_or_else(|| panic!("{line}"));
     words[unit - 1].parse().unwrap()
-}
-
-/// `iperf3 -s`, which listens when this is there.
-struct Server(Child);
-
-impl Server {
-    fn start(tap: &Tap, port: u16) -> Self {
-        let mut child = Command::new("iperf3")
-            .args(["-s", "--forceflush", "-B", &tap.host(), "-p", &port.to_string()])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        while !lines.next().unwrap().unwrap().contains("listening") {}
-        // What else it says nobody wants to know, but it must not be held up.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self(child)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// A guest with iperf3 and one interface.

@@ -7,11 +7,13 @@
 //! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
 //!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
 //! - `vsock` serves one client, see there.
+//! - `together` keeps all devices busy, see there.
 //! - `tcp-send:N`, `tcp-receive:N`, `tcp-round-trip:N` connect from 10.77.0.2 on eth0 to port 7777 of 10.77.0.1 and send or
 //!   receive N MiB, or send N bytes, each when the one before has come back; then as above.
 #![no_std]
 #![no_main]
 
+mod together;
 mod vsock;
 
 use core::arch::{asm, naked_asm};
@@ -76,6 +78,10 @@ extern "C" fn main(stack: *const usize) -> ! {
     match mode(stack) {
         Some(b"ready") => ready(),
         Some(b"vsock") => vsock::run(),
+        Some(b"together") => {
+            devices();
+            together::run();
+        }
         Some(mode) => work(mode),
         None => {}
     }
@@ -124,12 +130,16 @@ fn ready() {
 fn work(mode: &[u8]) {
     let Some(colon) = mode.iter().position(|&byte| byte == b':') else { return };
     let (kind, count) = (&mode[..colon], number(&mode[colon + 1..]));
-    call(MKDIR, [c"/dev".as_ptr() as usize, 0o700, 0, 0, 0, 0]);
-    call(MOUNT, [c"dev".as_ptr() as usize, c"/dev".as_ptr() as usize, c"devtmpfs".as_ptr() as usize, 0, 0, 0]);
+    devices();
     match kind {
         b"tcp-send" | b"tcp-receive" | b"tcp-round-trip" => report(tcp(kind, count).unwrap_or(0)),
         _ => block(kind, count),
     }
+}
+
+fn devices() {
+    call(MKDIR, [c"/dev".as_ptr() as usize, 0o700, 0, 0, 0, 0]);
+    call(MOUNT, [c"dev".as_ptr() as usize, c"/dev".as_ptr() as usize, c"devtmpfs".as_ptr() as usize, 0, 0, 0]);
 }
 
 const AF_INET: u16 = 2;
@@ -178,8 +188,8 @@ fn set_up() -> bool {
     ok
 }
 
-/// The time it took in nanoseconds; `None` if something failed.
-fn tcp(kind: &[u8], count: usize) -> Option<u64> {
+/// A connection to the host; `None` if something failed.
+fn connect() -> Option<usize> {
     if !set_up() {
         return None;
     }
@@ -187,9 +197,13 @@ fn tcp(kind: &[u8], count: usize) -> Option<u64> {
     let one = 1u32;
     call(SETSOCKOPT, [socket, 6, 1, &raw const one as usize, 4, 0]); // TCP_NODELAY
     let host = Address::new(HOST, PORT);
-    if call(CONNECT, [socket, &raw const host as usize, size_of::<Address>(), 0, 0, 0]) != 0 {
-        return None;
-    }
+    let connected = call(CONNECT, [socket, &raw const host as usize, size_of::<Address>(), 0, 0, 0]) == 0;
+    connected.then_some(socket)
+}
+
+/// The time it took in nanoseconds; `None` if something failed.
+fn tcp(kind: &[u8], count: usize) -> Option<u64> {
+    let socket = connect()?;
     let buffer = call(MMAP, [0, CHUNK, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, usize::MAX, 0]) as usize;
     // What the connection set in motion comes to rest.
     let moment = [0u64, 20_000_000];
@@ -222,7 +236,7 @@ fn send(socket: usize, buffer: usize, mut left: usize) -> bool {
 
 fn receive(socket: usize, buffer: usize, mut left: usize) -> bool {
     while left > 0 {
-        let received = call(READ, [socket, buffer, CHUNK, 0, 0, 0]);
+        let received = call(READ, [socket, buffer, left.min(CHUNK), 0, 0, 0]);
         if received <= 0 {
             return false;
         }

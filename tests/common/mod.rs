@@ -12,6 +12,7 @@
 #![allow(dead_code)]
 
 mod jail;
+pub mod tap;
 
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};

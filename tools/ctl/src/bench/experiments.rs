@@ -13,7 +13,7 @@ use super::process;
 use super::snapshot;
 use super::subject::{Api, Process, Subject};
 use super::tap::{self, Host};
-use super::{jail, vsock};
+use super::{jail, together, vsock};
 
 /// Values of figures, in base units.
 pub type Values = Vec<(&'static str, f64)>;
@@ -102,7 +102,10 @@ const NATIVE: &[Experiment] = &[
 /// The measurements of a part.
 pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
     let (own, others): (&[_], &[&[_]]) = match part {
-        Part::Deterministic => (DETERMINISTIC, &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET, jail::EXPERIMENTS]),
+        Part::Deterministic => (
+            DETERMINISTIC,
+            &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET, jail::EXPERIMENTS, &together::EXPERIMENTS],
+        ),
         Part::Native => (NATIVE, &[snapshot::NATIVE]),
     };
     own.iter().chain(others.iter().copied().flatten())

@@ -41,6 +41,8 @@ pub enum Unit {
     MiB,
     /// Bytes, shown in MB.
     MB,
+    /// Bytes a second, shown in MiB/s.
+    Rate,
     /// A number.
     Count,
 }
@@ -51,7 +53,7 @@ impl Unit {
         match self {
             Self::Ms => 1e-3,
             Self::Us => 1e-6,
-            Self::MiB => 1_048_576.0,
+            Self::MiB | Self::Rate => 1_048_576.0,
             Self::MB => 1e6,
             Self::Count => 1.0,
         }
@@ -64,6 +66,7 @@ impl Unit {
             Self::Us => "µs",
             Self::MiB => "MiB",
             Self::MB => "MB",
+            Self::Rate => "MiB/s",
             Self::Count => "",
         }
     }
@@ -90,6 +93,10 @@ const fn figure(id: &'static str, what: &'static str, unit: Unit, goal: f64, fir
 
 const fn count(id: &'static str, what: &'static str) -> Figure {
     Figure { id, what, unit: Unit::Count, goal: None, firecracker: "" }
+}
+
+const fn rate(id: &'static str, what: &'static str) -> Figure {
+    Figure { id, what, unit: Unit::Rate, goal: None, firecracker: "" }
 }
 
 use Unit::{MB, MiB, Ms, Us};
@@ -158,6 +165,11 @@ const DETERMINISTIC: &[Figure] = &[
     Figure { id: "chroot-cpu", what: "  in a jail, no mount namespace", unit: Ms, goal: None, firecracker: "" },
     Figure { id: "chroot-cpu-300", what: "    300 mounts on the host", unit: Ms, goal: None, firecracker: "" },
     Figure { id: "chroot-ten", what: "    each of 10 at once", unit: Ms, goal: None, firecracker: "" },
+    rate("together-block", "all devices at once: drive, 16 KiB requests"),
+    rate("together-tcp", "  TCP, there and back"),
+    rate("together-vsock", "  vsock, there and back"),
+    figure("resident-all", "resident outside guest RAM, all devices at work", MiB, 2.5, ""),
+    Figure { id: "dirty-all", what: "  of it private and dirty", unit: MiB, goal: None, firecracker: "" },
 ];
 
 const NATIVE: &[Figure] = &[

@@ -29,6 +29,8 @@ pub enum Job<'a> {
     Ready,
     /// Sends back what comes over vsock.
     Vsock,
+    /// Uses all devices at once, see resources/bench/together.rs.
+    Together,
     /// This many block requests of this kind, see resources/bench/init.rs.
     Block(&'a str, u32),
     /// So much of this kind over the network, see resources/bench/init.rs.
@@ -84,6 +86,7 @@ impl Files {
             Job::Exit => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=exit"),
             Job::Ready => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=ready"),
             Job::Vsock => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=vsock"),
+            Job::Together => format!("{BOOT_ARGS} 8250.nr_uarts=0 bench=together"),
             Job::Block(kind, count) | Job::Net(kind, count) | Job::Limited(kind, count, _) => {
                 format!("{BOOT_ARGS} 8250.nr_uarts=1 bench={kind}:{count}")
             }
@@ -101,16 +104,16 @@ impl Files {
             boot_source["image_mapping"] = json!(mapping);
         }
         let mut drives = Vec::new();
-        if matches!(job, Job::Block(..)) {
+        if matches!(job, Job::Block(..) | Job::Together) {
             drives.push(json!({
                 "drive_id": "drive", "path_on_host": self.path("drive"), "is_root_device": false, "is_read_only": false,
             }));
         }
         let mut configuration = json!({ "boot-source": boot_source, "machine-config": machine(), "drives": drives });
-        if matches!(job, Job::Vsock) {
+        if matches!(job, Job::Vsock | Job::Together) {
             configuration["vsock"] = json!({ "guest_cid": 3, "uds_path": self.path("v.sock") });
         }
-        if matches!(job, Job::Net(..) | Job::Limited(..)) {
+        if matches!(job, Job::Net(..) | Job::Limited(..) | Job::Together) {
             let mut interface = json!({ "iface_id": "eth0", "host_dev_name": tap::NAME });
             if let Job::Limited(.., rate) = job {
                 let limits = json!({ "bandwidth": { "size": rate / 1000, "refill_time": 1 } });

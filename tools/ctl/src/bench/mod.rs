@@ -19,6 +19,7 @@ mod report;
 mod snapshot;
 mod subject;
 mod tap;
+mod together;
 mod vsock;
 
 use std::error::Error;

@@ -188,10 +188,16 @@ impl Api {
         Ok(api)
     }
 
-    /// PUTs everything a configuration file would hold, save drives.
+    /// PUTs everything a configuration file would hold.
     pub fn configure(&mut self, configuration: &Value) -> Result<(), Box<dyn Error>> {
         for endpoint in ["machine-config", "boot-source"] {
             self.must("PUT", &format!("/{endpoint}"), &configuration[endpoint])?;
+        }
+        for (endpoint, id) in [("drives", "drive_id"), ("network-interfaces", "iface_id")] {
+            for device in configuration[endpoint].as_array().into_iter().flatten() {
+                let id = device[id].as_str().ok_or("a device without an id")?;
+                self.must("PUT", &format!("/{endpoint}/{id}"), device)?;
+            }
         }
         if let Some(vsock) = configuration.get("vsock") {
             self.must("PUT", "/vsock", vsock)?;

@@ -21,6 +21,13 @@ pub struct Host(());
 impl Host {
     /// Makes the TAP and serves guests of that kind, which ask for `count`. It takes root.
     pub fn start(kind: &'static str, count: u32) -> Result<Self, Box<dyn Error>> {
+        Self::start_with(move |connection| serve(connection, kind, count))
+    }
+
+    /// Makes the TAP and does that with the guest's connection. It takes root.
+    pub fn start_with(
+        serve: impl FnOnce(TcpStream) -> io::Result<()> + Send + 'static,
+    ) -> Result<Self, Box<dyn Error>> {
         // One that an aborted run has left.
         let _ = ip(&["link", "del", NAME]);
         ip(&["tuntap", "add", "dev", NAME, "mode", "tap", "vnet_hdr"])?;
@@ -29,7 +36,7 @@ impl Host {
         ip(&["link", "set", NAME, "up"])?;
         let listener = TcpListener::bind((ADDRESS, PORT))?;
         // It ends with the guest, or with the process; what went wrong the guest finds out.
-        thread::spawn(move || listener.accept().and_then(|(connection, _)| serve(connection, kind, count)));
+        thread::spawn(move || listener.accept().and_then(|(connection, _)| serve(connection)));
         Ok(host)
     }
 }

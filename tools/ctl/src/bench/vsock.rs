@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The measurements.
 pub const EXPERIMENTS: &[Experiment] = &[
     experiment(&["vsock-connect", "vsock-round-trip"], |bench, subject| {
-        let mut talk = Talk::start(bench, subject)?;
+        let mut talk = Talk::start(bench, subject, Job::Vsock)?;
         talk.echo(1, WARM_UP)?;
         let took = talk.echo(1, BYTES)?;
         Ok(vec![("vsock-connect", talk.connected.as_secs_f64()), ("vsock-round-trip", took / f64::from(BYTES))])
@@ -35,7 +35,7 @@ pub const EXPERIMENTS: &[Experiment] = &[
         Ok(vec![("vsock-round-trip-exits", exits), ("vsock-round-trip-calls", calls)])
     }),
     experiment(&["vsock-echo"], |bench, subject| {
-        let mut talk = Talk::start(bench, subject)?;
+        let mut talk = Talk::start(bench, subject, Job::Vsock)?;
         talk.echo(MESSAGE, WARM_UP)?;
         Ok(vec![("vsock-echo", talk.echo(MESSAGE, MESSAGES)?)])
     }),
@@ -46,15 +46,17 @@ pub const EXPERIMENTS: &[Experiment] = &[
 ];
 
 /// A guest that sends back what comes.
-struct Talk {
+pub struct Talk {
     stream: UnixStream,
     /// From InstanceStart to the guest's own connection.
     connected: Duration,
-    _api: Api,
+    /// Its VMM.
+    pub api: Api,
 }
 
 impl Talk {
-    fn start(bench: &Bench, subject: &Subject) -> Result<Self, Box<dyn Error>> {
+    /// Boots it.
+    pub fn start(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<Self, Box<dyn Error>> {
         let path = bench.files().path("v.sock");
         let ready = bench.files().path(&format!("v.sock_{READY_PORT}"));
         for stale in [&path, &ready] {
@@ -62,17 +64,17 @@ impl Talk {
         }
         let listener = UnixListener::bind(&ready)?;
         let mut api = bench.launch(subject, &[])?;
-        api.configure(&bench.files().configuration(Job::Vsock, subject.image_mapping()))?;
+        api.configure(&bench.files().configuration(job, subject.image_mapping()))?;
         let sent = Instant::now();
         instance_start(&mut api)?;
         listener.accept()?;
         let connected = sent.elapsed();
         let stream = dial(&path)?;
-        Ok(Self { stream, connected, _api: api })
+        Ok(Self { stream, connected, api })
     }
 
     /// As [`echo`].
-    fn echo(&mut self, length: usize, count: u32) -> Result<f64, Box<dyn Error>> {
+    pub fn echo(&mut self, length: usize, count: u32) -> Result<f64, Box<dyn Error>> {
         echo(&mut self.stream, length, count)
     }
 }
@@ -107,7 +109,7 @@ pub fn dial(path: &std::path::Path) -> Result<UnixStream, Box<dyn Error>> {
 /// VM exits and system calls of one message.
 fn count(bench: &Bench, subject: &Subject, length: usize, messages: u32) -> Result<(f64, f64), Box<dyn Error>> {
     let mut counters = Counters::open().map_err(|error| format!("no tracepoints to count with: {error}"))?;
-    let mut talk = Talk::start(bench, subject)?;
+    let mut talk = Talk::start(bench, subject, Job::Vsock)?;
     talk.echo(length, WARM_UP)?;
     let before = counters.read()?;
     talk.echo(length, messages)?;
