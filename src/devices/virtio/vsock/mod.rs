@@ -200,6 +200,7 @@ impl VirtioDevice for Vsock {
         if let Some(queues) = &mut self.active {
             queues.reset_transport();
         }
+        self.muxer.leave_ports();
     }
 
     fn count_violation(&self) {

@@ -25,6 +25,7 @@ use super::host::{Greeting, Peer};
 use super::packet::{Done, Op, Packet, Ports};
 use crate::devices::virtio::IoVecs;
 use crate::metrics::METRICS;
+use crate::random;
 use crate::warn_limited;
 
 /// Most connections, those included that wait for their CONNECT line.
@@ -241,6 +242,13 @@ impl Muxer {
         // More than the line may have come with it.
         link.readable = true;
         self.insert(slot, link);
+    }
+
+    /// After a load: the guest still knows connections of its past, and may have packets of theirs under way. New ones
+    /// begin at ports that those hardly had, so that they are not taken for each other.
+    pub fn leave_ports(&mut self) {
+        let [a, b, c, d, ..] = random::bytes().unwrap_or_default();
+        self.next_port = FIRST_HOST_PORT + u32::from_ne_bytes([a, b, c, d]) % (u32::MAX - FIRST_HOST_PORT);
     }
 
     /// The next port on the host's side; one that was used is not used again for long.

@@ -485,3 +485,17 @@ fn a_thousand_connections_a_hundred_times_leave_nothing_behind() {
         assert_eq!(rig.connections(), 0);
     }
 }
+
+#[test]
+fn a_guest_out_of_a_snapshot_meets_no_port_of_its_past() {
+    let rig = Rig::ready();
+    rig.guest.mmio.restore(&rig.guest.mmio.save()).unwrap();
+    rig.guest.mmio.resume();
+    // It is told of the reset, and reads that.
+    for _ in 0..2 {
+        rig.guest.select(2).offer(rig.guest.chain(&[writable(HIGH_RAM_START, 4)]));
+        rig.guest.kick();
+        rig.settle();
+    }
+    assert_ne!(rig.open_from_host().1, 1 << 30);
+}
