@@ -134,7 +134,7 @@ fn net_block_and_vsock_are_busy_together_and_none_of_them_stalls() {
         File::create_new(&image).unwrap().set_len(16 << 20).unwrap();
         let (tap, work) = (Tap::new(), Arc::new(Moved::default()));
         let vm = boot(vcpus, engine, &image, &tap, &work);
-        let rates = watch(&vm, &work, seconds).map(|bytes| bytes / seconds >> 10);
+        let rates = watch(&vm, &work, seconds).map(|bytes| (bytes / seconds) >> 10);
         // Not captured: how much it was is worth a line.
         let _ = writeln!(std::io::stderr(), "{vcpus} vCPUs, {engine}, {seconds} s: KiB/s {WORK:?}: {rates:?}");
         assert_eq!(vm.metric("vesicle_net_needs_reset_total{iface_id=\"net0\"}"), 0);
