@@ -196,7 +196,11 @@ async fn connection(server: Arc<Server>, mut stream: UnixStream, busy: bool, mut
             }
             First::Right(Ok(())) if is_kept.load(Ordering::Relaxed) => {}
             // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
-            First::Right(_) => return,
+            First::Right(Err(_)) => return,
+            First::Right(Ok(())) => {
+                let _ = serving.await;
+                return;
+            }
         }
         let parts = serving.into_parts();
         // Nobody is known who does not wait for the reply.
