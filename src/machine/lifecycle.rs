@@ -174,6 +174,8 @@ pub struct Vmm {
     deferred: VecDeque<Request>,
     /// A failed load ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
+    /// Run once the request at hand is answered.
+    pub(super) resume_due: bool,
     /// A machine that only waits for the load of its snapshot.
     pub(super) prepared: Option<Prepared>,
     /// The snapshot that this microVM came from.
@@ -213,6 +215,7 @@ impl Vmm {
             parking: None,
             deferred: VecDeque::new(),
             doom: None,
+            resume_due: false,
             prepared: None,
             origin: None,
         })
@@ -377,6 +380,15 @@ impl Vmm {
         }
         // The client may have gone away; what it asked for is done all the same.
         let _ = reply.send(self.execute(command));
+        self.resume_if_due();
+    }
+
+    /// Runs the guest if the request that was just answered asked for it: not before, lest the guest
+    /// takes the processor from whoever waits for the answer.
+    fn resume_if_due(&mut self) {
+        if std::mem::take(&mut self.resume_due) {
+            self.resume();
+        }
     }
 
     fn start(&mut self) -> Result<(), Refusal> {
@@ -568,6 +580,7 @@ impl Vmm {
             self.enter(Lifecycle::Paused, Event::Paused);
             let done = reset.map_or(Ok(()), |request| self.reset_in_place(&request));
             let _ = reply.send(done.map(|()| Reply::Done));
+            self.resume_if_due();
             if self.doom.is_some() {
                 return self.doom.take();
             }

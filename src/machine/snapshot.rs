@@ -34,7 +34,8 @@ use crate::memory::{MIB, VM_GENERATION_IRQ};
 use crate::random;
 use crate::sandbox::landlock::restricts_paths;
 use crate::snapshot::draft::Draft;
-use crate::snapshot::memory::{self, Pagemap, Pages};
+use crate::snapshot::memory::{self, Pages, Pristine};
+use crate::snapshot::pagemap::Pagemap;
 use crate::snapshot::{Id, format};
 
 /// Everything but guest RAM.
@@ -229,6 +230,8 @@ pub struct Origin {
     state: State,
     realtime: bool,
     pagemap: Pagemap,
+    /// From the first reset on.
+    pristine: Option<Pristine>,
 }
 
 fn same(what: &'static str, found: usize, expected: usize) -> Result<(), SnapshotError> {
@@ -297,9 +300,7 @@ impl Vmm {
         self.install(machine, &[&request.snapshot_path, &request.mem_file_path])?;
         self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
-        if request.resume_vm {
-            self.resume();
-        }
+        self.resume_due = request.resume_vm;
         Ok(())
     }
 
@@ -312,7 +313,7 @@ impl Vmm {
         machine.console = self.console()?;
         machine.has_base = true;
         state.wake(&machine.parts(), request.clock_realtime)?;
-        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap }))
+        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap, pristine: None }))
     }
 
     /// Whether a reset would be right.
@@ -331,15 +332,13 @@ impl Vmm {
     /// Goes back to the snapshot in this very process; the machine is paused. One that fails half way
     /// is no machine any more.
     pub(super) fn reset_in_place(&mut self, request: &SnapshotReset) -> Result<(), Refusal> {
-        let (Some(machine), Some(origin)) = (&mut self.machine, &self.origin) else { return Ok(()) };
+        let (Some(machine), Some(origin)) = (&mut self.machine, &mut self.origin) else { return Ok(()) };
         if let Err(error) = origin.reset(machine) {
             let refusal = refuse(error);
             self.doom = Some(Ending::failure(format!("the reset failed: {}", refusal.0.trim_end_matches('.'))));
             return Err(refusal);
         }
-        if request.resume_vm {
-            self.resume();
-        }
+        self.resume_due = request.resume_vm;
         Ok(())
     }
 
@@ -443,9 +442,13 @@ impl Prepared {
 }
 
 impl Origin {
-    fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
+    fn reset(&mut self, machine: &mut Machine) -> Result<(), Error> {
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
-        memory::forget(&machine.ram, &self.pagemap).map_err(fail)?;
+        if self.pristine.is_none() {
+            self.pristine = Pristine::map(&machine.ram).map_err(fail)?;
+        }
+        let pristine = self.pristine.as_ref().ok_or(SnapshotError::NoOrigin)?;
+        memory::take_back(&machine.ram, pristine, &self.pagemap).map_err(fail)?;
         layers::clear(machine)?;
         machine.take_handles()?;
         self.state.apply(&machine.handles)?;

@@ -80,9 +80,11 @@ pub struct Header {
 /// # Errors
 /// The host does not give it.
 pub fn read(path: &Path) -> Result<(File, Vec<u8>), Error> {
-    let mut content = Vec::new();
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let file = file.map_err(Error::Read)?;
+    let length = file.metadata().map_err(Error::Read)?.len().min(MAX_LENGTH);
+    // A little more, so that one call finds the end.
+    let mut content = Vec::with_capacity(length as usize + 64);
     (&file).take(MAX_LENGTH).read_to_end(&mut content).map_err(Error::Read)?;
     Ok((file, content))
 }

@@ -4,13 +4,18 @@
 //! anonymous memory that was never touched is neither present nor swapped, and a page of a private
 //! file mapping that was written is not a page of the file any more (Documentation/admin-guide/mm/pagemap.rst).
 
+use std::arch::x86_64::{
+    __m128i, _mm_cmpeq_epi8, _mm_load_si128, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128, _mm_store_si128,
+};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 
 use super::Id;
+use super::pagemap::{Pagemap, Which};
 use crate::memory::{GuestRam, PAGE_SIZE};
 
 /// Follows RAM in the file: this, then the snapshot's id.
@@ -18,12 +23,9 @@ const TRAILER_MAGIC: [u8; 8] = *b"VSCLMEM\x01";
 /// Bytes of the trailer.
 pub const TRAILER: u64 = 24;
 
-/// Bits of an entry of pagemap.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_A_FILE: u64 = 1 << 61;
-/// Entries read at a time.
-const CHUNK: usize = 8192;
+/// Bytes that a reset copies back instead of dropping them: what a guest wrote once it writes again,
+/// and a copy costs less than two page faults.
+const COPIED_BACK: u64 = 2 << 20;
 
 /// Why a memory file cannot be written or used.
 #[derive(Debug, thiserror::Error)]
@@ -47,73 +49,6 @@ pub enum Error {
     OtherSnapshot,
 }
 
-/// The page tables of this process, to ask what was touched.
-#[derive(Debug)]
-pub struct Pagemap(File);
-
-impl Pagemap {
-    /// Opens it, in `/proc/self` if that was passed in.
-    ///
-    /// # Errors
-    /// There is no /proc.
-    pub fn open(proc: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
-        let fail = |source| Error::Io("open /proc/self/pagemap", source);
-        let Some(proc) = proc else { return File::open("/proc/self/pagemap").map(Self).map_err(fail) };
-        let flags = libc::O_RDONLY | libc::O_CLOEXEC;
-        // SAFETY: the path is a string that lives for the call, and the descriptor is borrowed.
-        let fd = unsafe { libc::openat(proc.as_raw_fd(), c"pagemap".as_ptr(), flags) };
-        if fd < 0 {
-            return Err(fail(io::Error::last_os_error()));
-        }
-        // SAFETY: the descriptor was just opened, for this alone.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
-    }
-
-    /// Another descriptor of it.
-    ///
-    /// # Errors
-    /// The process has too many.
-    pub fn try_clone(&self) -> Result<Self, Error> {
-        self.0.try_clone().map(Self).map_err(|source| Error::Io("duplicate the descriptor of pagemap", source))
-    }
-
-    /// Calls `take` with each run of wanted pages among the `size` bytes mapped at `host`: those that
-    /// are touched, or those within one of the ascending ranges `always`; all as offsets from `host`.
-    fn runs(
-        &self,
-        (host, size): (u64, u64),
-        touched: impl Fn(u64) -> bool,
-        always: &[Range<u64>],
-        mut take: impl FnMut(Range<u64>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let mut entries = vec![0; CHUNK * 8];
-        let mut always = always.iter().peekable();
-        let mut run: Option<Range<u64>> = None;
-        for start in (0..size).step_by(CHUNK * PAGE_SIZE as usize) {
-            let count = ((size - start) / PAGE_SIZE).min(CHUNK as u64);
-            let bytes = &mut entries[..count as usize * 8];
-            let fail = |source| Error::Io("read /proc/self/pagemap", source);
-            self.0.read_exact_at(bytes, (host + start) / PAGE_SIZE * 8).map_err(fail)?;
-            for (page, entry) in (0..).zip(bytes.as_chunks().0) {
-                let at = start + page * PAGE_SIZE;
-                while always.next_if(|range| range.end <= at).is_some() {}
-                if !touched(u64::from_le_bytes(*entry)) && always.peek().is_none_or(|range| range.start > at) {
-                    continue;
-                }
-                match &mut run {
-                    Some(run) if run.end == at => run.end += PAGE_SIZE,
-                    _ => {
-                        if let Some(run) = run.replace(at..at + PAGE_SIZE) {
-                            take(run)?;
-                        }
-                    }
-                }
-            }
-        }
-        run.map_or(Ok(()), take)
-    }
-}
-
 /// Which pages of RAM go into the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pages {
@@ -125,8 +60,8 @@ pub enum Pages {
     Noted(Vec<Vec<u64>>),
 }
 
-/// Writes `pages` of `ram` into `file`, which is empty or holds earlier pages of the same RAM, and
-/// says which snapshot it belongs to from now on.
+/// Writes `pages` of `ram` into `file`, which is empty or, unless these are all, holds earlier pages of the
+/// same RAM, and says which snapshot it belongs to from now on.
 ///
 /// # Errors
 /// The file cannot be written: the disk is full, say. Or there is no /proc.
@@ -159,11 +94,8 @@ fn write_noted(ram: &GuestRam, noted: &[Vec<u64>], file: &File) -> Result<(), Er
 fn write_mapped(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, file: &File) -> Result<(), Error> {
     let base = ram.base().map(|base| data_of(base, ram.size())).transpose();
     let base = base.map_err(|source| Error::Io("look at its base", source))?;
-    let touched = |entry: u64| match base {
-        None => entry & (PRESENT | SWAPPED) != 0,
-        // A page of the file is as it was there.
-        Some(_) => is_private(entry),
-    };
+    // A page of the base is as it was there.
+    let which = if base.is_some() { Which::Private } else { Which::Touched };
     let always = match (&base, pages) {
         (Some(data), Pages::All) => data.clone(),
         (Some(_), _) => Vec::new(),
@@ -178,36 +110,133 @@ fn write_mapped(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, file: &File) -
             .filter(|range| !range.is_empty())
             .map(|range| range.start - offset..range.end - offset)
             .collect();
-        pagemap.runs((slot.host, slot.size), touched, &always, |run| {
-            write_out(file, slot.host + run.start, run.end - run.start, offset + run.start)
+        pagemap.runs((slot.host, slot.size), which, &always, |run| match pages {
+            Pages::Changed | Pages::Noted(_) => {
+                write_out(file, slot.host + run.start, run.end - run.start, offset + run.start)
+            }
+            Pages::All => write_nonzero(file, slot.host, run, offset),
         })?;
         offset += slot.size;
     }
     Ok(())
 }
 
-/// Drops every page of `ram` that differs from the memory file it came from: it is as it was loaded.
-/// Nobody else uses RAM meanwhile.
+/// The memory file that RAM came from, to read it.
+#[derive(Debug)]
+pub struct Pristine {
+    host: u64,
+    size: u64,
+}
+
+impl Pristine {
+    /// Maps it; `None` if RAM did not come from a file.
+    ///
+    /// # Errors
+    /// There is no address space.
+    pub fn map(ram: &GuestRam) -> Result<Option<Self>, Error> {
+        let (Some(base), size) = (ram.base(), ram.size()) else { return Ok(None) };
+        let (protection, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let host = unsafe { libc::mmap(ptr::null_mut(), size as usize, protection, flags, base.as_raw_fd(), 0) };
+        if host == libc::MAP_FAILED {
+            return Err(Error::Io("map it", io::Error::last_os_error()));
+        }
+        // SAFETY: the mapping from above. Guest memory is never part of a core dump.
+        unsafe { libc::madvise(host, size as usize, libc::MADV_DONTDUMP) };
+        Ok(Some(Self { host: host as u64, size }))
+    }
+}
+
+impl Drop for Pristine {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `map` made, which nobody else knows.
+        unsafe { libc::munmap(self.host as *mut libc::c_void, self.size as usize) };
+    }
+}
+
+/// Makes every page of `ram` as it was loaded from `pristine`: the first [`COPIED_BACK`] bytes of what
+/// was written are copied back, the rest is dropped.
 ///
 /// # Errors
 /// There is no /proc, or the host refuses.
-pub fn forget(ram: &GuestRam, pagemap: &Pagemap) -> Result<(), Error> {
+pub fn take_back(ram: &GuestRam, pristine: &Pristine, pagemap: &Pagemap) -> Result<(), Error> {
+    let (mut offset, mut budget) = (0, COPIED_BACK);
     for slot in ram.slots() {
-        pagemap.runs((slot.host, slot.size), is_private, &[], |run| {
-            let (start, length) = ((slot.host + run.start) as *mut libc::c_void, (run.end - run.start) as usize);
-            // SAFETY: the range is part of a mapping of guest RAM, which no Rust reference points into.
-            match unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } {
-                0 => Ok(()),
-                _ => Err(Error::Io("drop its changed pages", io::Error::last_os_error())),
+        pagemap.runs((slot.host, slot.size), Which::Private, &[], |run| {
+            let length = run.end - run.start;
+            if let Some(left) = budget.checked_sub(length)
+                && offset + run.end <= pristine.size
+            {
+                budget = left;
+                for at in run.step_by(PAGE_SIZE as usize) {
+                    // SAFETY: both are whole pages, the one of the pristine file's mapping, the other of
+                    // guest RAM, which no Rust reference points into and no vCPU or device uses now.
+                    unsafe { copy_page((pristine.host + offset + at) as _, (slot.host + at) as _) };
+                }
+                return Ok(());
             }
+            drop_pages(slot.host + run.start, length)
         })?;
+        offset += slot.size;
     }
     Ok(())
 }
 
-/// Whether a page of a private mapping is not the file's any more.
-fn is_private(entry: u64) -> bool {
-    entry & SWAPPED != 0 || entry & (PRESENT | OF_A_FILE) == PRESENT
+/// Copies a page, sixteen bytes at a time: there is no call to the C library for it that would not
+/// look at the length first.
+///
+/// # Safety
+/// `from` is valid for reading, `to` for writing a page, both aligned to 16 bytes.
+unsafe fn copy_page(from: *const __m128i, to: *mut __m128i) {
+    for at in (0..PAGE_SIZE as usize / size_of::<__m128i>()).step_by(4) {
+        for at in at..at + 4 {
+            // SAFETY: within the page.
+            unsafe { _mm_store_si128(to.add(at), _mm_load_si128(from.add(at))) };
+        }
+    }
+}
+
+/// Whether a page is full of zeros.
+///
+/// # Safety
+/// `page` is valid for reading a page and aligned to 16 bytes.
+unsafe fn is_zero(page: *const __m128i) -> bool {
+    (0..PAGE_SIZE as usize / size_of::<__m128i>()).step_by(4).all(|at| {
+        // SAFETY: within the page.
+        let load = |at| unsafe { _mm_load_si128(page.add(at)) };
+        // SAFETY: SSE2 belongs to every x86-64.
+        unsafe {
+            let all = _mm_or_si128(_mm_or_si128(load(at), load(at + 1)), _mm_or_si128(load(at + 2), load(at + 3)));
+            _mm_movemask_epi8(_mm_cmpeq_epi8(all, _mm_setzero_si128())) == 0xffff
+        }
+    })
+}
+
+fn drop_pages(host: u64, length: u64) -> Result<(), Error> {
+    // SAFETY: the range is part of a mapping of guest RAM, which no Rust reference points into.
+    match unsafe { libc::madvise(host as *mut libc::c_void, length as usize, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(Error::Io("drop its changed pages", io::Error::last_os_error())),
+    }
+}
+
+/// Writes the pages of a run of the slot at `host`, which is at `offset` in the empty file, except those
+/// that are zero: they are holes.
+fn write_nonzero(file: &File, host: u64, run: Range<u64>, offset: u64) -> Result<(), Error> {
+    // SAFETY: the page lies in guest RAM, which is mapped.
+    let zero = |at: &u64| unsafe { is_zero((host + at) as *const __m128i) };
+    let mut at = run.start;
+    while at < run.end {
+        let start = at;
+        while at < run.end && !zero(&at) {
+            at += PAGE_SIZE;
+        }
+        write_out(file, host + start, at - start, offset + start)?;
+        while at < run.end && zero(&at) {
+            at += PAGE_SIZE;
+        }
+    }
+    Ok(())
 }
 
 /// Writes guest memory to the file, without a Rust reference to what the guest may change.

@@ -8,6 +8,7 @@
 pub mod draft;
 pub mod format;
 pub mod memory;
+pub mod pagemap;
 
 /// What a state file and its memory file have in common: random, new for every snapshot.
 pub type Id = [u8; 16];
