@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{Guest, MicroVm};
@@ -178,6 +179,48 @@ fn a_diff_merged_into_its_base_is_what_the_guest_is() {
     vm.put("/snapshot/create", &alone.create("Diff"));
     assert!(allocated(&alone.memory) < allocated(&snapshot.memory), "a diff holds what changed");
     vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &merged.load());
+    vm.ok("sha256sum -c /run/sum");
+    vm.shut_down();
+}
+
+/// What a tool that must succeed says.
+fn told(program: &Path, arguments: &[&str], files: &[&Path]) -> String {
+    let output = Command::new(program).args(arguments).args(files).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
+    let vesicle = Path::new(env!("CARGO_BIN_EXE_vesicle"));
+    let vesiclectl = vesicle.with_file_name("vesiclectl");
+    let mut vm = Guest::tuned().vcpus(2).boot();
+    let base = Snapshot::of(&vm);
+    assert_eq!(told(vesicle, &["--describe-snapshot"], &[&base.state]), told(vesicle, &["--snapshot-version"], &[]));
+    let shown: Value = serde_json::from_str(&told(&vesiclectl, &["snapshot", "inspect"], &[&base.state])).unwrap();
+    assert_eq!((&shown["vcpus"], &shown["mem_size_mib"]), (&json!(2), &json!(64)));
+    assert_eq!(shown["devices"][0]["kind"], "block");
+    assert_eq!(shown["config"]["drives"], vm.get("/vm/config")["drives"]);
+    told(&vesiclectl, &["snapshot", "verify"], &[&base.state, &base.memory]);
+    vm.kill();
+
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &base.load());
+    vm.ok("dd if=/dev/urandom of=/run/changed bs=1M count=4 2>/dev/null; sha256sum /run/changed >/run/sum");
+    vm.pause();
+    let diff = Snapshot::new();
+    vm.put("/snapshot/create", &diff.create("Diff"));
+    vm.kill();
+    let merged = Snapshot { memory: diff.state.with_file_name("merged"), ..diff };
+    let diff_memory = merged.state.with_file_name("memory");
+    let output = format!("--output={}", merged.memory.display());
+    told(&vesiclectl, &["snapshot", "merge", &output], &[&base.memory, &diff_memory]);
+    told(&vesiclectl, &["snapshot", "verify"], &[&merged.state, &merged.memory]);
+    let output = Command::new(&vesiclectl).args(["snapshot", "verify"]).args([&merged.state, &base.memory]).output();
+    let refusal = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(refusal.contains("belongs to another snapshot"), "{refusal}");
     let mut vm = vm.successor();
     vm.put("/snapshot/load", &merged.load());
     vm.ok("sha256sum -c /run/sum");

@@ -1,7 +1,8 @@
 //! The tests' vsock client and server, a static program for any guest (tools/guest builds it).
 //!
 //! - `vsock serve PORT HOW` accepts connections from the host until it is killed: `echo` sends back what comes,
-//!   `store` sends it back when the host has finished sending, `deaf` reads nothing.
+//!   `store` sends it back when the host has finished sending, `deaf` reads nothing, `random` reads nothing and
+//!   sends a line of random digits.
 //! - `vsock pipe PORT` connects to the host: standard input goes there, and what comes back to standard output.
 //! - `vsock churn PORT COUNT` connects to the host and closes, that many times; it prints how many were accepted.
 
@@ -85,10 +86,17 @@ fn answer(mut stream: File, how: &str) {
             let mut all = Vec::new();
             stream.read_to_end(&mut all).and_then(|_| stream.write_all(&all))
         }
+        "random" => random().and_then(|line| stream.write_all(line.as_bytes())),
         _ => loop {
             thread::park();
         },
     };
+}
+
+fn random() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(format!("{:032x}\n", u128::from_ne_bytes(bytes)))
 }
 
 fn copy(mut from: &File, mut to: &File) -> io::Result<()> {

@@ -1,6 +1,8 @@
 //! The launcher that people use by hand.
 
 mod bench;
+mod clone;
+mod http;
 mod image;
 mod net;
 mod run;
@@ -17,11 +19,13 @@ A launcher for microVMs.
 Usage: vesiclectl run [OPTION]... [-- COMMAND...]
        vesiclectl image build --output FILE [OPTION]... SOURCE
        vesiclectl snapshot inspect|verify|merge FILE...
+       vesiclectl clone OPTION... N
        vesiclectl bench OPTION...
 
   run        run a command in a microVM
   image      make a root file system
   snapshot   look at snapshots, merge them
+  clone      run many microVMs from one snapshot, and measure them
   bench      measure VMMs
 
 `vesiclectl SUBCOMMAND --help` says more.
@@ -66,6 +70,12 @@ fn command() -> Result<u8, Box<dyn Error>> {
                 return Ok(0);
             }
             print!("{}", snapshot::HELP);
+        }
+        Some(Arg::Value(name)) if name == "clone" => {
+            if let Some(herd) = clone::Herd::parse(&mut parser).map_err(usage)? {
+                return herd.run().map(|()| 0);
+            }
+            print!("{}", clone::HELP);
         }
         Some(Arg::Value(name)) if name == "bench" => {
             if let Some(bench) = bench::Arguments::parse(&mut parser)? {

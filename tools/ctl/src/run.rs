@@ -22,7 +22,7 @@ use crate::net::Network;
 pub const FAILED: u8 = 125;
 
 /// A quiet kernel that resets the machine when it panics. The default guest loads its drivers as modules.
-const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
+pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
     i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
 /// What `vesiclectl run --help` prints.

@@ -30,7 +30,8 @@ use lexopt::{Arg, Parser, ValueExt};
 use experiments::{Bench, Experiment};
 use figures::Part;
 use report::Report;
-use subject::Subject;
+pub use subject::{Api, Subject};
+pub use vsock::dial;
 
 /// What `vesiclectl bench --help` prints.
 pub const HELP: &str = "\

@@ -11,7 +11,7 @@ use super::counters::{Counters, Counts};
 use super::experiments::{Bench, Experiment, counts, experiment, instance_start, seconds};
 use super::guest::{FLAT_DIRTY, Job};
 use super::subject::{Api, Subject};
-use super::vsock::{self, READY_PORT};
+use super::vsock::{self, LISTEN_PORT, READY_PORT};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -131,7 +131,7 @@ fn flat(bench: &Bench, subject: &Subject, configuration: &Value) -> Result<Micro
 }
 
 fn first_echo(bench: &Bench) -> Result<UnixStream> {
-    let mut stream = vsock::dial(&bench.files().path("v.sock"))?;
+    let mut stream = vsock::dial(&bench.files().path("v.sock"), LISTEN_PORT)?;
     vsock::echo(&mut stream, 1, 1)?;
     Ok(stream)
 }

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
+
+use crate::http::Http;
 
 /// Nothing that is measured takes so long unless it hangs.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -36,6 +38,11 @@ impl Subject {
         let path = PathBuf::from(path);
         let jailer = Some(path.with_file_name("vesicle-jailer")).filter(|jailer| jailer.exists());
         Ok(Self { name: name.to_owned(), path, jailer, image_mapping, qemu: false })
+    }
+
+    /// A VMM without a name.
+    pub fn new(path: &Path) -> Self {
+        Self { name: String::new(), path: path.to_owned(), image_mapping: None, qemu: false }
     }
 
     /// QEMU's microvm machine.
@@ -157,7 +164,7 @@ impl Drop for Process {
 pub struct Api {
     /// The VMM.
     pub process: Process,
-    stream: UnixStream,
+    http: Http,
 }
 
 impl Api {
@@ -183,8 +190,8 @@ impl Api {
             pause();
         };
         stream.set_read_timeout(Some(LIMIT))?;
-        let mut api = Self { process, stream };
-        api.request("GET", "/", "")?;
+        let mut api = Self { process, http: Http::new(stream) };
+        api.http.request("GET", "/", "")?;
         Ok(api)
     }
 
@@ -205,46 +212,10 @@ impl Api {
         Ok(())
     }
 
-    /// A request that must be done (204); how long it took.
+    /// As [`Http::must`].
     pub fn must(&mut self, method: &str, path: &str, body: &Value) -> Result<Duration, Box<dyn Error>> {
-        let body = body.to_string();
-        let start = Instant::now();
-        let reply = self.request(method, path, &body)?;
-        let took = start.elapsed();
-        if reply.starts_with("HTTP/1.1 204") { Ok(took) } else { Err(format!("{method} {path}: {reply}").into()) }
+        self.http.must(method, path, body)
     }
-
-    /// Sends a request; returns the reply as it came.
-    fn request(&mut self, method: &str, path: &str, body: &str) -> io::Result<String> {
-        let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        self.stream.write_all(request.as_bytes())?;
-        let mut reply = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            let count = self.stream.read(&mut buffer)?;
-            reply.extend_from_slice(&buffer[..count]);
-            let text = String::from_utf8_lossy(&reply);
-            if is_whole(&text) {
-                return Ok(text.into_owned());
-            }
-            if count == 0 {
-                return Err(ErrorKind::UnexpectedEof.into());
-            }
-        }
-    }
-}
-
-/// Whether a reply is there up to the end of its body.
-fn is_whole(reply: &str) -> bool {
-    let Some((head, body)) = reply.split_once("\r\n\r\n") else { return false };
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
-    body.len() >= length.unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -261,14 +232,6 @@ mod tests {
         let subject = Subject::parse("b=/x:y").unwrap();
         assert_eq!((subject.path(), subject.image_mapping()), (Path::new("/x:y"), None));
         assert!(Subject::parse("/x").is_err());
-    }
-
-    #[test]
-    fn a_reply_is_whole_with_its_body() {
-        assert!(is_whole("HTTP/1.1 204 No Content\r\n\r\n"));
-        assert!(!is_whole("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{"));
-        assert!(is_whole("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"));
-        assert!(!is_whole("HTTP/1.1 204 No Content\r\n"));
     }
 
     #[test]

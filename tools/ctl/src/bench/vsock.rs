@@ -11,7 +11,7 @@ use super::guest::Job;
 use super::subject::{Api, Subject};
 
 /// What the guest listens on; see resources/bench/vsock.rs.
-const LISTEN_PORT: u32 = 5000;
+pub const LISTEN_PORT: u32 = 5000;
 /// Where the guest says that it does, on the host.
 pub const READY_PORT: u32 = 1234;
 /// Round trips of one byte, and of a message.
@@ -69,7 +69,7 @@ impl Talk {
         instance_start(&mut api)?;
         listener.accept()?;
         let connected = sent.elapsed();
-        let stream = dial(&path)?;
+        let stream = dial(&path, LISTEN_PORT)?;
         Ok(Self { stream, connected, api })
     }
 
@@ -92,11 +92,11 @@ pub fn echo(stream: &mut UnixStream, length: usize, count: u32) -> Result<f64, B
     if answer == message { Ok(took.as_secs_f64()) } else { Err("the answer differs from the message".into()) }
 }
 
-/// Connects to the guest.
-pub fn dial(path: &std::path::Path) -> Result<UnixStream, Box<dyn Error>> {
+/// Connects to `port` of the guest whose vsock is at `path`.
+pub fn dial(path: &std::path::Path, port: u32) -> Result<UnixStream, Box<dyn Error>> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(LIMIT))?;
-    writeln!(stream, "CONNECT {LISTEN_PORT}")?;
+    writeln!(stream, "CONNECT {port}")?;
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
         let mut byte = [0];
