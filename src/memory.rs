@@ -16,7 +16,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 
-use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap, VolatileSlice,
@@ -233,6 +233,13 @@ impl GuestRam {
     /// The first address after the RAM below the MMIO gap.
     pub fn low_end(&self) -> u64 {
         self.size().min(MMIO_GAP_START)
+    }
+
+    /// Notes that `range` of slot `index` is not what it was, if that is tracked.
+    pub fn note_written(&self, index: usize, range: &Range<u64>) {
+        if let Some(region) = self.memory.iter().nth(index) {
+            Deref::deref(region).bitmap().mark_dirty(range.start as usize, (range.end - range.start) as usize);
+        }
     }
 
     /// Which pages this process wrote since the last call, a bit each, for every slot; `None` unless

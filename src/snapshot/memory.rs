@@ -161,8 +161,9 @@ impl Drop for Pristine {
 /// There is no /proc, or the host refuses.
 pub fn take_back(ram: &GuestRam, pristine: &Pristine, pagemap: &Pagemap) -> Result<(), Error> {
     let (mut offset, mut budget) = (0, COPIED_BACK);
-    for slot in ram.slots() {
+    for (index, slot) in ram.slots().enumerate() {
         pagemap.runs((slot.host, slot.size), Which::Private, &[], |run| {
+            ram.note_written(index, &run);
             let length = run.end - run.start;
             if let Some(left) = budget.checked_sub(length)
                 && offset + run.end <= pristine.size
