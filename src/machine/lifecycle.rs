@@ -36,7 +36,7 @@ use crate::mmds::store::ChangeError;
 use crate::mmds::{self, Mmds};
 use crate::sandbox::seccomp::ThreadKind;
 use crate::signals::Termination;
-use crate::snapshot::memory::Pagemap;
+use crate::snapshot::pagemap::Pagemap;
 use crate::socket::{self, Existing, SocketFile};
 
 /// How the process ends.

@@ -230,7 +230,6 @@ pub struct Origin {
     state: State,
     realtime: bool,
     pagemap: Pagemap,
-    /// From the first reset on.
     pristine: Option<Pristine>,
 }
 
@@ -306,14 +305,14 @@ impl Vmm {
 
     /// Gives a prepared machine its devices and starts its clocks.
     fn wake(&self, prepared: Prepared, request: &SnapshotLoad) -> Result<(Machine, Origin), Error> {
-        let Prepared { state, mut machine, kicks, pagemap, .. } = prepared;
+        let Prepared { state, mut machine, kicks, pagemap, pristine, .. } = prepared;
         let devices = self.devices()?;
         same("virtio devices", state.virtio.len(), devices.len())?;
         machine.sockets().plug(devices, kicks)?;
         machine.console = self.console()?;
         machine.has_base = true;
         state.wake(&machine.parts(), request.clock_realtime)?;
-        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap, pristine: None }))
+        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap, pristine }))
     }
 
     /// Whether a reset would be right.
@@ -332,7 +331,7 @@ impl Vmm {
     /// Goes back to the snapshot in this very process; the machine is paused. One that fails half way
     /// is no machine any more.
     pub(super) fn reset_in_place(&mut self, request: &SnapshotReset) -> Result<(), Refusal> {
-        let (Some(machine), Some(origin)) = (&mut self.machine, &mut self.origin) else { return Ok(()) };
+        let (Some(machine), Some(origin)) = (&mut self.machine, &self.origin) else { return Ok(()) };
         if let Err(error) = origin.reset(machine) {
             let refusal = refuse(error);
             self.doom = Some(Ending::failure(format!("the reset failed: {}", refusal.0.trim_end_matches('.'))));
@@ -413,6 +412,7 @@ pub struct Prepared {
     machine: Machine,
     kicks: Vec<EventFd>,
     pagemap: Pagemap,
+    pristine: Option<Pristine>,
 }
 
 impl Prepared {
@@ -424,8 +424,10 @@ impl Prepared {
         let kicks = std::mem::take(&mut shell.kicks);
         let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
         let pagemap = machine.pagemap()?;
+        let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
+        let pristine = Pristine::map(&machine.ram).map_err(fail)?;
         machine.take_handles()?;
-        Ok(Self { id, state, files, layout, machine, kicks, pagemap })
+        Ok(Self { id, state, files, layout, machine, kicks, pagemap, pristine })
     }
 
     /// Whether a load asks for what was prepared.
@@ -442,11 +444,8 @@ impl Prepared {
 }
 
 impl Origin {
-    fn reset(&mut self, machine: &mut Machine) -> Result<(), Error> {
+    fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
-        if self.pristine.is_none() {
-            self.pristine = Pristine::map(&machine.ram).map_err(fail)?;
-        }
         let pristine = self.pristine.as_ref().ok_or(SnapshotError::NoOrigin)?;
         memory::take_back(&machine.ram, pristine, &self.pagemap).map_err(fail)?;
         layers::clear(machine)?;
