@@ -42,7 +42,7 @@ impl Subject {
 
     /// A VMM without a name.
     pub fn new(path: &Path) -> Self {
-        Self { name: String::new(), path: path.to_owned(), image_mapping: None, qemu: false }
+        Self { name: String::new(), path: path.to_owned(), image_mapping: None, qemu: false, jailer: None }
     }
 
     /// QEMU's microvm machine.
