@@ -196,7 +196,7 @@ fn told(program: &Path, arguments: &[&str], files: &[&Path]) -> String {
 fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
     let vesicle = Path::new(env!("CARGO_BIN_EXE_vesicle"));
     let vesiclectl = vesicle.with_file_name("vesiclectl");
-    let mut vm = Guest::tuned().vcpus(2).boot();
+    let mut vm = tuned().vcpus(2).boot();
     let base = Snapshot::of(&vm);
     assert_eq!(told(vesicle, &["--describe-snapshot"], &[&base.state]), told(vesicle, &["--snapshot-version"], &[]));
     let shown: Value = serde_json::from_str(&told(&vesiclectl, &["snapshot", "inspect"], &[&base.state])).unwrap();
@@ -206,7 +206,7 @@ fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
     told(&vesiclectl, &["snapshot", "verify"], &[&base.state, &base.memory]);
     vm.kill();
 
-    let mut vm = vm.successor();
+    let mut vm = vm.successor_with(&["--allow-path=/"]);
     vm.put("/snapshot/load", &base.load());
     vm.ok("dd if=/dev/urandom of=/run/changed bs=1M count=4 2>/dev/null; sha256sum /run/changed >/run/sum");
     vm.pause();

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -105,6 +106,16 @@ fn rest() {
 /// A microVM that was booted or, in another process, loaded.
 struct MicroVm(Api);
 
+/// Starts a VMM that may write snapshots, which a confined one has to be told.
+fn launch(bench: &Bench, subject: &Subject) -> Result<Api> {
+    let help = Command::new(subject.path()).arg("--help").output()?;
+    let allowed = format!("--allow-path={}", bench.files().path("").display());
+    if String::from_utf8_lossy(&help.stdout).contains("--allow-path") {
+        return bench.launch(subject, &[&allowed]);
+    }
+    bench.launch(subject, &[])
+}
+
 /// Boots the guest up to where it waits for its client.
 fn serving(bench: &Bench, subject: &Subject) -> Result<MicroVm> {
     let (path, ready) = (bench.files().path("v.sock"), bench.files().path(&format!("v.sock_{READY_PORT}")));
@@ -112,7 +123,7 @@ fn serving(bench: &Bench, subject: &Subject) -> Result<MicroVm> {
         let _ = fs::remove_file(stale);
     }
     let listener = UnixListener::bind(&ready)?;
-    let mut api = bench.launch(subject, &[])?;
+    let mut api = launch(bench, subject)?;
     api.configure(&bench.files().configuration(Job::Vsock, subject.image_mapping()))?;
     instance_start(&mut api)?;
     let _connected = listener.accept()?;
@@ -122,7 +133,7 @@ fn serving(bench: &Bench, subject: &Subject) -> Result<MicroVm> {
 
 /// Starts a flat guest and waits until it has written all it writes.
 fn flat(bench: &Bench, subject: &Subject, configuration: &Value) -> Result<MicroVm> {
-    let mut api = bench.launch(subject, &[])?;
+    let mut api = launch(bench, subject)?;
     api.configure(configuration)?;
     instance_start(&mut api)?;
     let flat = MicroVm(api);

@@ -194,8 +194,9 @@ impl Herd {
         let script =
             format!("cat /dev/vda >/run/vsock && chmod +x /run/vsock && exec /run/vsock serve {} random\n", self.port);
         let job = Job::create(dir.join("job"), Script::from(script.as_str()))?;
+        let allowed = format!("--allow-path={}", dir.display());
         let pause = || std::thread::sleep(Duration::from_millis(1));
-        let mut api = Api::start(&Subject::new(&self.vesicle), &dir.join("api.sock"), &[], pause)?;
+        let mut api = Api::start(&Subject::new(&self.vesicle), &dir.join("api.sock"), &[&allowed], pause)?;
         let boot_source = json!({ "kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": BOOT_ARGS });
         let drive = |id: &str, path: &Path| json!({ "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": true });
         api.must("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": self.memory }))?;
