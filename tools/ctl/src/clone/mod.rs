@@ -194,9 +194,12 @@ impl Herd {
         let script =
             format!("cat /dev/vda >/run/vsock && chmod +x /run/vsock && exec /run/vsock serve {} random\n", self.port);
         let job = Job::create(dir.join("job"), Script::from(script.as_str()))?;
-        let allowed = format!("--allow-path={}", dir.display());
+        // It writes to where nothing is configured, and must be told of all else then as well.
+        let paths = [Some(dir), kernel.parent(), initramfs.parent(), program.parent()];
+        let allowed: Vec<_> = paths.into_iter().flatten().map(allowed_path).collect();
+        let allowed: Vec<_> = allowed.iter().map(String::as_str).collect();
         let pause = || std::thread::sleep(Duration::from_millis(1));
-        let mut api = Api::start(&Subject::new(&self.vesicle), &dir.join("api.sock"), &[&allowed], pause)?;
+        let mut api = Api::start(&Subject::new(&self.vesicle), &dir.join("api.sock"), &allowed, pause)?;
         let boot_source = json!({ "kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": BOOT_ARGS });
         let drive = |id: &str, path: &Path| json!({ "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": true });
         api.must("PUT", "/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": self.memory }))?;
@@ -296,6 +299,10 @@ impl Herd {
         println!("each drew its own random numbers; one was killed, and {} others answered again", clones.len());
         Ok(())
     }
+}
+
+fn allowed_path(path: &Path) -> String {
+    format!("--allow-path={}", Path::new(".").join(path).canonicalize().as_deref().unwrap_or(path).display())
 }
 
 fn mib(bytes: u64) -> String {
