@@ -287,7 +287,7 @@ fn a_prepared_process_only_waits_for_the_load() {
 
 #[test]
 fn with_track_dirty_pages_a_diff_holds_what_was_written_since_the_last_snapshot() {
-    let vm = Guest::tuned().configure();
+    let vm = tuned().configure();
     vm.patch("/machine-config", &json!({ "track_dirty_pages": true }));
     vm.start();
     let mut vm = vm;
