@@ -20,6 +20,24 @@ pub fn cpu_time(id: u32) -> io::Result<Duration> {
     Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0)))
 }
 
+/// What the threads of process `id` do within 100 ms, for whoever looks for the cause of a hang.
+pub fn threads(id: u32) -> String {
+    let look = || -> Vec<(String, u64)> {
+        let tasks = fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten().map(|entry| entry.path());
+        let read = |path: &Path, name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
+        let first = |text: String| text.split_ascii_whitespace().next().and_then(|word| word.parse().ok());
+        tasks
+            .map(|path| (read(&path, "comm").trim().to_owned(), first(read(&path, "schedstat")).unwrap_or(0)))
+            .collect()
+    };
+    let before = look();
+    std::thread::sleep(Duration::from_millis(100));
+    let used = |(before, after): (&(String, u64), &(String, u64))| {
+        format!("thread {} runs {} ms of 100", after.0, after.1.saturating_sub(before.1) / 1_000_000)
+    };
+    before.iter().zip(&look()).map(used).collect::<Vec<_>>().join(", ")
+}
+
 /// Resident memory in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Resident {

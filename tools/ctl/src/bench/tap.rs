@@ -36,7 +36,12 @@ impl Host {
         ip(&["link", "set", NAME, "up"])?;
         let listener = TcpListener::bind((ADDRESS, PORT))?;
         // It ends with the guest, or with the process; what went wrong the guest finds out.
-        thread::spawn(move || listener.accept().and_then(|(connection, _)| serve(connection)));
+        thread::spawn(move || {
+            let (connection, _) = listener.accept()?;
+            // The next one listens there, though this connection may outlive its guest.
+            drop(listener);
+            serve(connection)
+        });
         Ok(host)
     }
 }

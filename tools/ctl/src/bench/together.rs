@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::experiments::{Bench, Experiment, Outcome, counts, experiment};
 use super::guest::Job;
-use super::process::Resident;
+use super::process::{self, Resident};
 use super::subject::Subject;
 use super::tap::Host;
 use super::vsock::Talk;
@@ -22,7 +22,7 @@ const MESSAGE: usize = 32 << 10;
 /// What does nothing for that long has stalled.
 const STALL: Duration = Duration::from_secs(1);
 /// Unless VESICLE_SECONDS says another number.
-const SECONDS: u64 = 8;
+const SECONDS: u64 = 4;
 
 /// The measurements.
 pub const EXPERIMENTS: [Experiment; 2] = [
@@ -50,6 +50,9 @@ impl Moved {
 /// The host's end of the network: receives a piece, sends one.
 fn exchange(mut connection: TcpStream, moved: &Moved) -> io::Result<()> {
     connection.set_nodelay(true)?;
+    // The guest ends without a word.
+    connection.set_read_timeout(Some(10 * STALL))?;
+    connection.set_write_timeout(Some(10 * STALL))?;
     let mut piece = vec![0; PIECE];
     let [drive, network] = &moved.0;
     loop {
@@ -75,10 +78,18 @@ fn busy(bench: &Bench, subject: &Subject, time: Duration) -> Result<([f64; 3], R
         }
         thread::sleep(Duration::from_millis(1));
     }
+    talk.set_patience(2 * STALL)?;
     let (start, before) = (Instant::now(), moved.read());
     let (mut checked, mut last, mut messages) = (start, before, 0);
     while start.elapsed() < time {
-        let took = talk.echo(MESSAGE, 1)?;
+        let took = talk.echo(MESSAGE, 1).map_err(|error| {
+            let threads = process::threads(talk.api.process.id());
+            format!(
+                "vsock: {error}, after {:?}, drive and network at {:?} bytes; {threads}",
+                start.elapsed(),
+                moved.read()
+            )
+        })?;
         messages += 1;
         if took >= STALL.as_secs_f64() {
             return Err(format!("vsock: {took} s for a message, after {:?}", start.elapsed()).into());

@@ -73,6 +73,12 @@ impl Talk {
         Ok(Self { stream, connected, api })
     }
 
+    /// What is awaited for longer is an error.
+    pub fn set_patience(&self, patience: Duration) -> std::io::Result<()> {
+        self.stream.set_read_timeout(Some(patience))?;
+        self.stream.set_write_timeout(Some(patience))
+    }
+
     /// As [`echo`].
     pub fn echo(&mut self, length: usize, count: u32) -> Result<f64, Box<dyn Error>> {
         echo(&mut self.stream, length, count)
