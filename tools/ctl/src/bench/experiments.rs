@@ -286,7 +286,7 @@ fn count_exit(bench: &Bench, subject: &Subject) -> Outcome {
 /// Runs a job that reports its time, by the guest's clock; in seconds.
 fn timed(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<f64, Box<dyn Error>> {
     let mut process = bench.run(subject, job)?;
-    let (output, _) = process.await_output("\n")?;
+    let (output, _) = process.await_output("bench ")?;
     process.await_end()?;
     let nanoseconds = output.lines().find_map(|line| line.strip_prefix("bench ")?.trim().parse::<u64>().ok());
     match nanoseconds {

@@ -114,7 +114,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Reads its output up to and with `text`; returns what came, and when.
+    /// Reads its output up to and with the line that `text` is in; returns what came, and when.
     pub fn await_output(&mut self, text: &str) -> Result<(String, Instant), Box<dyn Error>> {
         let mut all = Vec::new();
         let mut buffer = [0; 4096];
@@ -128,7 +128,7 @@ impl Process {
             let now = Instant::now();
             all.extend_from_slice(&buffer[..count]);
             let so_far = String::from_utf8_lossy(&all);
-            if so_far.contains(text) {
+            if so_far.split_once(text).is_some_and(|(_, rest)| rest.contains('\n')) {
                 return Ok((so_far.into_owned(), now));
             }
             if count == 0 {
