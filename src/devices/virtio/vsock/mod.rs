@@ -25,6 +25,7 @@ mod packet;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
+use std::sync::Once;
 use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
@@ -125,17 +126,21 @@ impl Vsock {
     }
 }
 
-/// Every connection takes a descriptor: the soft limit, often 1,024, is raised as far as the hard limit allows.
+/// Every connection takes a descriptor: the soft limit, often 1,024, is raised as far as the hard limit allows. Once, so
+/// that whoever sets it higher later is not set back.
 fn allow_descriptors() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is valid for writing.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    let wanted = DESCRIPTORS.min(limit.rlim_max);
-    if known && limit.rlim_cur < wanted {
-        limit.rlim_cur = wanted;
-        // SAFETY: `limit` is valid for reading. Should it fail, fewer connections are possible.
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
-    }
+    static RAISED: Once = Once::new();
+    RAISED.call_once(|| {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `limit` is valid for writing.
+        let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+        let wanted = DESCRIPTORS.min(limit.rlim_max);
+        if known && limit.rlim_cur < wanted {
+            limit.rlim_cur = wanted;
+            // SAFETY: `limit` is valid for reading. Should it fail, fewer connections are possible.
+            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+        }
+    });
 }
 
 impl VirtioDevice for Vsock {
