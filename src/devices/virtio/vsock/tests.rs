@@ -442,6 +442,11 @@ fn a_reset_of_the_device_closes_every_connection() {
     rig.open_from_host();
 }
 
+/// Closes a connection for good: a child that another test forks at this moment still has its descriptor.
+fn hang_up(stream: std::os::unix::net::UnixStream) {
+    stream.shutdown(std::net::Shutdown::Both).unwrap();
+}
+
 #[test]
 fn a_thousand_connections_a_hundred_times_leave_nothing_behind() {
     let rig = Rig::ready();
@@ -466,7 +471,7 @@ fn a_thousand_connections_a_hundred_times_leave_nothing_behind() {
             rig.send(70, 1000, REQUEST);
             assert_eq!(rig.ops(), [RESET], "one too many from the guest as well");
             for (stream, port) in more {
-                drop(stream);
+                hang_up(stream);
                 assert_eq!(rig.one().op, SHUTDOWN);
                 rig.send(port, 52, RESET);
             }
@@ -474,7 +479,7 @@ fn a_thousand_connections_a_hundred_times_leave_nothing_behind() {
         for (index, (stream, port)) in connections.into_iter().enumerate() {
             // Either side may be the first to close.
             if index % 2 == 0 {
-                drop(stream);
+                hang_up(stream);
                 assert_eq!(rig.one().op, SHUTDOWN);
                 rig.send(port, 52, RESET);
             } else {
