@@ -53,7 +53,12 @@ impl Ending {
         Self { status: 0, reason: reason.to_owned() }
     }
 
-    pub(super) fn failure(reason: String) -> Self {
+    /// After what cannot be tried again; the client reads the same.
+    pub(super) fn doomed(what: &str, refusal: &Refusal) -> Self {
+        Self::failure(format!("{what}: {}", refusal.0.trim_end_matches('.')))
+    }
+
+    fn failure(reason: String) -> Self {
         Self { status: 1, reason }
     }
 }
@@ -172,7 +177,7 @@ pub struct Vmm {
     parking: Option<Parking>,
     /// What arrived during it.
     deferred: VecDeque<Request>,
-    /// A failed load ends the process, once its client was told.
+    /// What failed and cannot be tried again ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
     /// Run once the request at hand is answered.
     pub(super) resume_due: bool,
@@ -234,7 +239,7 @@ impl Vmm {
                 Err(error) => return self.end(Ending::failure(format!("cannot wait for events: {error}"))),
             };
             for token in tokens {
-                if let Some(ending) = self.dispatch(token) {
+                if let Some(ending) = self.dispatch(token).or_else(|| self.doom.take()) {
                     return self.end(ending);
                 }
             }
@@ -243,12 +248,7 @@ impl Vmm {
 
     fn dispatch(&mut self, token: Token) -> Option<Ending> {
         match token {
-            Token::Command => {
-                self.serve_commands();
-                if self.doom.is_some() {
-                    return self.doom.take();
-                }
-            }
+            Token::Command => self.serve_commands(),
             Token::Signal => return Some(Ending::clean("stopped by a signal")),
             Token::Metrics => self.write_metrics(),
             _ => {}
@@ -405,7 +405,7 @@ impl Vmm {
     }
 
     /// Makes a machine that was built the one that the event loop serves. This thread gives up what the machine does not
-    /// need; `snapshot` are the files it came from. A start that fails here cannot be repeated.
+    /// need; `snapshot` are the files it came from. A failure ends the process.
     pub(super) fn install(&mut self, machine: Machine, snapshot: &[&Path]) -> Result<&mut Machine, Refusal> {
         self.watch_machine(&machine).map_err(refuse)?;
         self.files.clear();
@@ -413,7 +413,12 @@ impl Vmm {
         machine.console.open_input(&self.events);
         let sandbox = std::mem::take(&mut self.host).sandbox;
         let confined = sandbox.confine_paths(&files::grants(&self.config, snapshot));
-        confined.and_then(|()| sandbox.filter(ThreadKind::Vmm)).map_err(|error| refuse(error.into()))?;
+        if let Err(error) = confined.and_then(|()| sandbox.filter(ThreadKind::Vmm)) {
+            // Whoever tried again would run a guest that nothing confines.
+            let refusal = refuse(error.into());
+            self.doom = Some(Ending::doomed("the process cannot be confined", &refusal));
+            return Err(refusal);
+        }
         Ok(machine)
     }
 
@@ -429,8 +434,7 @@ impl Vmm {
             ));
         }
         self.load_snapshot(request).inspect_err(|refusal| {
-            self.doom =
-                Some(Ending::failure(format!("the snapshot could not be loaded: {}", refusal.0.trim_end_matches('.'))));
+            self.doom = Some(Ending::doomed("the snapshot could not be loaded", refusal));
         })
     }
 
@@ -581,9 +585,6 @@ impl Vmm {
             let done = reset.map_or(Ok(()), |request| self.reset_in_place(&request));
             let _ = reply.send(done.map(|()| Reply::Done));
             self.resume_if_due();
-            if self.doom.is_some() {
-                return self.doom.take();
-            }
             while self.parking.is_none()
                 && let Some(request) = self.deferred.pop_front()
             {

@@ -334,7 +334,7 @@ impl Vmm {
         let (Some(machine), Some(origin)) = (&mut self.machine, &self.origin) else { return Ok(()) };
         if let Err(error) = origin.reset(machine) {
             let refusal = refuse(error);
-            self.doom = Some(Ending::failure(format!("the reset failed: {}", refusal.0.trim_end_matches('.'))));
+            self.doom = Some(Ending::doomed("the reset failed", &refusal));
             return Err(refusal);
         }
         self.resume_due = request.resume_vm;
