@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::lifecycle::Machine;
+use super::running::Machine;
 use super::snapshot::{SnapshotError, file_error};
 use super::{Error, devices};
 use crate::config::{DriveConfig, DriveOverride, OverlayConfig, SnapshotCreate, SnapshotLoad, VmConfig};

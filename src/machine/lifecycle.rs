@@ -5,39 +5,32 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvm_ioctls::VcpuFd;
-use serde_json::{Map, Value};
 use tokio::sync::{broadcast, oneshot};
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
 use super::files::{self, Files, Host};
-use super::shell::{Layout, Parts, Shell, Sockets};
-use super::snapshot::{Origin, Prepared, SnapshotError};
+use super::running::Machine;
+use super::shell::{Layout, Shell};
+use super::snapshot::{Origin, Prepared};
 use super::{Error, chain, devices, fill};
-use crate::config::{MetricsConfig, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig};
+use crate::config::{SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
-use crate::devices::bus::Bus;
-use crate::devices::virtio::{Device, Windows};
+use crate::devices::virtio::Device;
 use crate::event_loop::{EventLoop, Token, When};
-use crate::kvm::{Kvm, Report, Run, Vcpu, Vm, Wish};
-use crate::log;
-use crate::memory::GuestRam;
+use crate::kvm::{Report, Run, Wish};
 use crate::metrics::{JsonLines, METRICS};
-use crate::mmds::store::ChangeError;
 use crate::mmds::{self, Mmds};
 use crate::sandbox::seccomp::ThreadKind;
 use crate::signals::Termination;
-use crate::snapshot::pagemap::Pagemap;
-use crate::socket::{self, Existing, SocketFile};
+use crate::socket::SocketFile;
 
 /// How the process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,120 +56,45 @@ impl Ending {
     }
 }
 
-/// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
-pub(super) struct Machine {
-    /// Second handles of the vCPUs, made when they are first needed.
-    pub(super) handles: Vec<VcpuFd>,
-    vcpus: Vec<Vcpu>,
-    vcpu_event: Arc<EventFd>,
-    pub(super) bus: Arc<Bus>,
-    pub(super) console: Console,
-    pub(super) kvm: Kvm,
-    pub(super) vm: Arc<Vm>,
-    pub(super) ram: GuestRam,
-    /// There is a memory file that the record of written pages begins at.
-    pub(super) has_base: bool,
-    windows: Windows,
-    /// Opened while it could be.
-    pagemap: Option<Pagemap>,
-}
-
-impl Machine {
-    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
-    pub(super) fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
-        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event } = shell;
-        let vcpus = (0..)
-            .zip(vcpu_fds)
-            .map(|(id, fd)| {
-                let sandbox = host.sandbox.clone();
-                let confine = move || sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error));
-                Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
-            })
-            .collect::<Result<_, _>>()?;
-        let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
-        let handles = Vec::new();
-        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows, pagemap })
-    }
-
-    /// The page tables of this process.
-    pub(super) fn pagemap(&self) -> Result<Pagemap, Error> {
-        let pagemap = self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)?;
-        let fail = |source| SnapshotError::Memory { path: "of this process".into(), source };
-        Ok(pagemap.try_clone().map_err(fail)?)
-    }
-
-    /// Where its devices go.
-    pub(super) fn sockets(&self) -> Sockets<'_> {
-        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
-    }
-
-    /// What of it has a state; only once there are handles.
-    pub(super) fn parts(&self) -> Parts<'_> {
-        Parts { vcpus: &self.handles, bus: &self.bus, vm: &self.vm, ram: &self.ram }
-    }
-
-    /// Which pages were written, by the guest or by this process, since the last call or the start; a bit
-    /// each, for every slot. `None` unless that is tracked.
-    pub(super) fn take_written(&self) -> Result<Option<Vec<Vec<u64>>>, Error> {
-        let Some(mut written) = self.ram.take_written() else { return Ok(None) };
-        for ((index, slot), words) in (0..).zip(self.ram.slots()).zip(&mut written) {
-            for (word, by_guest) in words.iter_mut().zip(self.vm.take_dirty_log(index, slot.size)?) {
-                *word |= by_guest;
-            }
-        }
-        Ok(Some(written))
-    }
-
-    /// Has a handle for each vCPU in `handles`; they are parked.
-    pub(super) fn take_handles(&mut self) -> Result<(), Error> {
-        if self.handles.is_empty() {
-            let take =
-                |(index, vcpu): (usize, &Vcpu)| Ok(vcpu.second_handle(&self.vm)?.ok_or(SnapshotError::Ended(index))?);
-            self.handles = self.vcpus.iter().enumerate().map(take).collect::<Result<_, Error>>()?;
-        }
-        Ok(())
-    }
-}
-
 /// Who waits for the vCPUs to park, and what for.
-struct Parking {
+pub(super) struct Parking {
     /// Back to the snapshot then; a mere pause otherwise.
     reset: Option<SnapshotReset>,
     reply: oneshot::Sender<Answer>,
 }
 
 /// The metrics file and when to write it.
-struct Metrics {
-    lines: JsonLines,
-    _timer: TimerFd,
+pub(super) struct Metrics {
+    pub(super) lines: JsonLines,
+    pub(super) _timer: TimerFd,
 }
 
 /// Between two lines of the metrics file.
-const METRICS_PERIOD: Duration = Duration::from_secs(60);
+pub(super) const METRICS_PERIOD: Duration = Duration::from_secs(60);
 
 /// The vmm thread's state.
 pub struct Vmm {
-    id: String,
+    pub(super) id: String,
     pub(super) boot_timer: Option<BootTimer>,
-    state: Lifecycle,
+    pub(super) state: Lifecycle,
     pub(super) config: VmConfig,
-    mmds: mmds::Shared,
-    files: Files,
+    pub(super) mmds: mmds::Shared,
+    pub(super) files: Files,
     pub(super) machine: Option<Machine>,
     pub(super) host: Host,
     /// Where host processes connect to the guest. The file is removed at the end.
-    vsock: Option<(UnixListener, SocketFile)>,
+    pub(super) vsock: Option<(UnixListener, SocketFile)>,
     pub(super) events: EventLoop,
-    commands: CommandReceiver,
+    pub(super) commands: CommandReceiver,
     /// `None` after the last event.
-    subscribers: Option<broadcast::Sender<Event>>,
-    metrics: Option<Metrics>,
+    pub(super) subscribers: Option<broadcast::Sender<Event>>,
+    pub(super) metrics: Option<Metrics>,
     /// Watched as long as the vmm thread lives.
     _termination: Termination,
     /// What happens when the vCPUs are parked.
-    parking: Option<Parking>,
+    pub(super) parking: Option<Parking>,
     /// What arrived during it.
-    deferred: VecDeque<Request>,
+    pub(super) deferred: VecDeque<Request>,
     /// What failed and cannot be tried again ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
     /// Run once the request at hand is answered.
@@ -274,86 +192,6 @@ impl Vmm {
         None
     }
 
-    /// Executes a command now; for a configuration file, before the event loop runs.
-    pub fn execute(&mut self, command: Command) -> Answer {
-        command.permitted(self.state)?;
-        match command {
-            Command::GetInstance => return Ok(Reply::Instance { id: self.id.clone(), state: self.state }),
-            Command::GetConfig => return Ok(Reply::Config(Box::new(self.config.clone()))),
-            Command::SetBootSource(source) => {
-                self.files.set_boot_source(&source).map_err(refuse)?;
-                self.config.boot_source = Some(source);
-            }
-            Command::SetMachine(machine) => self.config.machine = machine,
-            Command::PatchMachine(update) => self.config.machine = update.apply(&self.config.machine)?,
-            Command::SetCpu(cpu) => self.config.cpu = Some(cpu),
-            Command::SetDrive(drive) => {
-                let mut config = self.config.clone();
-                config.set_drive((*drive).clone())?;
-                self.files.set_drive(&drive).map_err(refuse)?;
-                self.config = config;
-            }
-            Command::UpdateDrive(update) => {
-                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
-                devices::update_drive(&mut self.config, bus, &update)?;
-            }
-            Command::SetNetworkInterface(interface) => {
-                let mut config = self.config.clone();
-                config.set_network_interface((*interface).clone())?;
-                self.files.set_interface(&interface).map_err(refuse)?;
-                self.config = config;
-            }
-            Command::UpdateNetworkInterface(update) => {
-                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
-                devices::update_interface(&mut self.config, bus, &update)?;
-            }
-            Command::SetVsock(vsock) => self.set_vsock(vsock)?,
-            Command::SetSerial(serial) => {
-                self.files.set_serial(serial.serial_out_path.as_deref()).map_err(refuse)?;
-                self.config.serial = Some(serial);
-            }
-            Command::SetLogger(logger) => {
-                log::configure(&logger).map_err(|source| {
-                    let path = logger.log_path.clone().unwrap_or_default();
-                    refuse(Error::Open { what: "log_path", path, source })
-                })?;
-                self.config.logger = Some(logger);
-            }
-            Command::SetMetrics(config) => {
-                self.metrics = Some(self.open_metrics(&config).map_err(refuse)?);
-                self.config.metrics = Some(config);
-            }
-            Command::SetMmds(config) => {
-                self.config.set_mmds(config.clone())?;
-                self.mmds().configure(&config);
-            }
-            Command::GetMetadata => {
-                let metadata = self.mmds().store.value().cloned();
-                return Ok(Reply::Metadata(metadata.unwrap_or_else(|| Value::Object(Map::new()))));
-            }
-            Command::PutMetadata(value) => return changed(self.mmds().store.put(value)),
-            Command::PatchMetadata(patch) => return changed(self.mmds().store.patch(patch)),
-            Command::Start => self.start()?,
-            Command::FlushMetrics => self.flush_metrics()?,
-            Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
-            Command::CreateSnapshot(request) => self.create_snapshot(&request).map_err(refuse)?,
-            Command::LoadSnapshot(request) => self.load(&request)?,
-            Command::Reset(request) => {
-                self.check_reset(&request)?;
-                self.reset_in_place(&request)?;
-            }
-            // A running one is paused by way of `serve`.
-            Command::Pause => {}
-            Command::Resume => self.resume(),
-        }
-        Ok(Reply::Done)
-    }
-
-    fn mmds(&self) -> MutexGuard<'_, Mmds> {
-        // A document is replaced whole, so it is whole even if a thread died with the lock.
-        self.mmds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn serve_commands(&mut self) {
         while let Some(request) = self.commands.next() {
             if self.parking.is_some() {
@@ -391,7 +229,7 @@ impl Vmm {
         }
     }
 
-    fn start(&mut self) -> Result<(), Refusal> {
+    pub(super) fn start(&mut self) -> Result<(), Refusal> {
         if let Some(timer) = &self.boot_timer {
             timer.start();
         }
@@ -424,7 +262,7 @@ impl Vmm {
 
     /// Loads a snapshot into a process that was not configured otherwise. One that fails has changed
     /// too much for another try.
-    fn load(&mut self, request: &SnapshotLoad) -> Result<(), Refusal> {
+    pub(super) fn load(&mut self, request: &SnapshotLoad) -> Result<(), Refusal> {
         let VmConfig { logger, metrics, .. } = self.config.clone();
         if self.config != (VmConfig { logger, metrics, ..VmConfig::default() }) {
             return Err(Refusal(
@@ -487,53 +325,10 @@ impl Vmm {
         Ok(())
     }
 
-    fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), Refusal> {
-        let mut config = self.config.clone();
-        config.set_vsock(vsock.clone())?;
-        let same = self.config.vsock.as_ref().is_some_and(|before| before.uds_path == vsock.uds_path);
-        if !(same && self.vsock.as_ref().is_some_and(|(_, file)| file.is_ours())) {
-            let bound = socket::bind(&vsock.uds_path, Existing::Refused)
-                .map_err(|source| Refusal(format!("uds_path: {}.", chain(&source))))?;
-            self.vsock = Some(bound);
-        }
-        self.config = config;
-        Ok(())
-    }
-
-    /// Removes the sockets that were bound, as far as they are still ours.
-    pub fn remove_sockets(&mut self) {
-        self.vsock = None;
-    }
-
-    fn open_metrics(&self, config: &MetricsConfig) -> Result<Metrics, Error> {
-        if self.metrics.is_some() {
-            return Err(Error::MetricsTwice);
-        }
-        let open = |source| Error::Open { what: "metrics_path", path: config.metrics_path.clone(), source };
-        let lines = JsonLines::open(config, &self.id).map_err(open)?;
-        let mut timer = TimerFd::new().map_err(|error| watch(error.into()))?;
-        timer.reset(METRICS_PERIOD, Some(METRICS_PERIOD)).map_err(|error| watch(error.into()))?;
-        self.events.add(timer.as_raw_fd(), When::BecameReadable, Token::Metrics).map_err(watch)?;
-        Ok(Metrics { lines, _timer: timer })
-    }
-
-    /// Without a metrics file there is nothing to do, and that is no error.
-    fn flush_metrics(&mut self) -> Result<(), Refusal> {
-        let Some(metrics) = &mut self.metrics else { return Ok(()) };
-        metrics.lines.write().map_err(|error| Refusal(format!("Cannot write the metrics: {error}.")))
-    }
-
     /// A line now and then, and at the end; a reader that went away is counted in the metrics.
     fn write_metrics(&mut self) {
         if let Some(metrics) = &mut self.metrics {
             let _ = metrics.lines.write();
-        }
-    }
-
-    fn press_ctrl_alt_del(&self) -> Result<(), Refusal> {
-        match &self.machine {
-            Some(machine) if machine.bus.i8042().press_ctrl_alt_del() => Ok(()),
-            _ => Err(Refusal("The guest has not read the last keys yet: try again.".into())),
         }
     }
 
@@ -627,18 +422,10 @@ impl Vmm {
     }
 }
 
-fn changed(metadata: Result<(), ChangeError>) -> Answer {
-    match metadata {
-        Ok(()) => Ok(Reply::Done),
-        Err(error @ ChangeError::LimitExceeded(_)) => Ok(Reply::DoesNotFit(Refusal(format!("{error}.")))),
-        Err(error) => Err(Refusal(format!("{error}."))),
-    }
-}
-
 pub(super) fn refuse(error: Error) -> Refusal {
     Refusal(format!("{}.", chain(&error)))
 }
 
-fn watch(source: io::Error) -> Error {
+pub(super) fn watch(source: io::Error) -> Error {
     Error::Event("watch a descriptor", source)
 }

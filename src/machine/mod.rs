@@ -1,12 +1,14 @@
 //! The machine and the steps of its life: [`shell`] builds it empty, [`fill`] puts a kernel in,
 //! [`lifecycle`] runs, pauses and ends it, on the vmm thread.
 
+mod commands;
 mod console;
 mod devices;
 mod files;
 mod fill;
 mod layers;
 pub mod lifecycle;
+mod running;
 mod shell;
 mod snapshot;
 

@@ -1,17 +1,12 @@
 //! `vesiclectl clone` and `vesiclectl snapshot` as their users see them.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// The path of a guest artefact that `tools/test` prepared, by the name `tools/guest` gives it.
-fn artefact(name: &str) -> PathBuf {
-    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
-    let path = std::env::var_os(&variable);
-    path.unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it to what ./tools/guest {name} prints"))
-        .into()
-}
+use common::{artefact, vesicle};
 
 #[test]
 fn clones_answer_draw_their_own_random_numbers_and_outlive_each_other() {
@@ -20,7 +15,7 @@ fn clones_answer_draw_their_own_random_numbers_and_outlive_each_other() {
     let vesiclectl = env!("CARGO_BIN_EXE_vesiclectl");
     let mut command = Command::new(vesiclectl);
     command.args(["clone", "8", "--memory", "64"]).arg("--plot").arg(&plot).stdin(Stdio::null());
-    command.arg("--vesicle").arg(PathBuf::from(vesiclectl).with_file_name("vesicle"));
+    command.arg("--vesicle").arg(vesicle());
     for (option, name) in [("--kernel", "kernel-tuned"), ("--initramfs", "initramfs-tuned"), ("--program", "vsock")] {
         command.arg(option).arg(artefact(name));
     }

@@ -1,25 +1,19 @@
 //! Images that `vesiclectl image build` makes, as guests see them.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
-fn artefact(name: &str) -> PathBuf {
-    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
-    std::env::var_os(&variable).unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it")).into()
-}
-
-fn told(output: Output) -> (String, i32) {
-    let text = [output.stdout, output.stderr].concat();
-    (String::from_utf8_lossy(&text).into_owned(), output.status.code().unwrap())
-}
+use common::{artefact, told, vesicle};
 
 /// Runs a command in the image, in a guest of Debian's whose initramfs brings the modules.
 fn run(image: &Path, command: &[&str]) -> (String, i32) {
     let mut run = Command::new(env!("CARGO_BIN_EXE_vesiclectl"));
-    run.arg("run").arg("--vesicle").arg(PathBuf::from(env!("CARGO_BIN_EXE_vesiclectl")).with_file_name("vesicle"));
+    run.arg("run").arg("--vesicle").arg(vesicle());
     run.arg("--kernel").arg(artefact("kernel-tuned")).arg("--initramfs").arg(artefact("initramfs-tuned"));
     run.args(["--memory", "64"]).arg("--rootfs").arg(image).arg("--").args(command);
     told(run.output().unwrap())

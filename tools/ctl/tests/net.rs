@@ -1,28 +1,20 @@
 //! `vesiclectl run --net`, on a machine of its own: a network namespace, with another one for the world outside.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 use vesiclectl::{Job, Script, Vesicle};
 
-fn artefact(name: &str) -> PathBuf {
-    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
-    std::env::var_os(&variable).unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it")).into()
-}
-
-/// Output, with standard error behind it, and exit status.
-fn told(output: Output) -> (String, i32) {
-    let text = [output.stdout, output.stderr].concat();
-    (String::from_utf8_lossy(&text).into_owned(), output.status.code().unwrap())
-}
+use common::{artefact, told, vesicle};
 
 fn ip(words: &str) {
     let output = Command::new("ip").args(words.split(' ')).output().unwrap();
@@ -74,7 +66,7 @@ impl Host {
         let vesiclectl = env!("CARGO_BIN_EXE_vesiclectl");
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name, vesiclectl, "run", "--net", "--memory", "64", "--vesicle"]);
-        command.arg(PathBuf::from(vesiclectl).with_file_name("vesicle"));
+        command.arg(vesicle());
         command.arg("--kernel").arg(artefact("kernel-tuned")).arg("--initramfs").arg(artefact("initramfs-tuned"));
         command.args(more).stdin(Stdio::null());
         command
@@ -237,7 +229,7 @@ impl Host {
         let job = Job::create(dir.path().join("job"), Script::from(script)).unwrap();
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name, "sh", "-c", vmm, "sh"]);
-        command.arg(PathBuf::from(env!("CARGO_BIN_EXE_vesiclectl")).with_file_name("vesicle"));
+        command.arg(vesicle());
         command.stdin(Stdio::null()).stdout(File::create(&output).unwrap());
         let mut vesicle = Vesicle::spawn(command).unwrap();
         let boot_args = format!("console=ttyS0 quiet loglevel=1 reboot=k panic=-1 vesicle.net={argument}");

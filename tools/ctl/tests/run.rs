@@ -1,24 +1,14 @@
 //! `vesiclectl run` as its users see it.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-/// The path of a guest artefact that `tools/test` prepared, by the name `tools/guest` gives it.
-fn artefact(name: &str) -> PathBuf {
-    let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
-    let path = std::env::var_os(&variable);
-    path.unwrap_or_else(|| panic!("{variable} is not set; ./tools/test sets it to what ./tools/guest {name} prints"))
-        .into()
-}
-
-/// The VMM is built beside the launcher.
-fn vesicle() -> PathBuf {
-    PathBuf::from(env!("CARGO_BIN_EXE_vesiclectl")).with_file_name("vesicle")
-}
+use common::{artefact, vesicle};
 
 /// The arguments of a run in the tuned guest, whose initramfs needs no modules.
 fn arguments(more: &[&str]) -> Vec<OsString> {

@@ -1,0 +1,94 @@
+//! A machine whose vCPUs have threads: the parts, and what is asked of all of them.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::console::Console;
+use super::files::Host;
+use super::shell::{Parts, Shell, Sockets};
+use super::snapshot::SnapshotError;
+use super::{Error, chain};
+use crate::devices::bus::Bus;
+use crate::devices::virtio::Windows;
+use crate::kvm::{Kvm, Vcpu, Vm};
+use crate::memory::GuestRam;
+use crate::sandbox::seccomp::ThreadKind;
+use crate::snapshot::pagemap::Pagemap;
+
+/// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
+pub struct Machine {
+    /// Second handles of the vCPUs, made when they are first needed.
+    pub(super) handles: Vec<VcpuFd>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) vcpu_event: Arc<EventFd>,
+    pub(super) bus: Arc<Bus>,
+    pub(super) console: Console,
+    pub(super) kvm: Kvm,
+    pub(super) vm: Arc<Vm>,
+    pub(super) ram: GuestRam,
+    /// There is a memory file that the record of written pages begins at.
+    pub(super) has_base: bool,
+    windows: Windows,
+    /// Opened while it could be.
+    pagemap: Option<Pagemap>,
+}
+
+impl Machine {
+    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
+    pub fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
+        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event } = shell;
+        let vcpus = (0..)
+            .zip(vcpu_fds)
+            .map(|(id, fd)| {
+                let sandbox = host.sandbox.clone();
+                let confine = move || sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error));
+                Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
+            })
+            .collect::<Result<_, _>>()?;
+        let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
+        let handles = Vec::new();
+        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows, pagemap })
+    }
+
+    /// The page tables of this process.
+    pub fn pagemap(&self) -> Result<Pagemap, Error> {
+        let pagemap = self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)?;
+        let fail = |source| SnapshotError::Memory { path: "of this process".into(), source };
+        Ok(pagemap.try_clone().map_err(fail)?)
+    }
+
+    /// Where its devices go.
+    pub fn sockets(&self) -> Sockets<'_> {
+        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
+    }
+
+    /// What of it has a state; only once there are handles.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts { vcpus: &self.handles, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    }
+
+    /// Which pages were written, by the guest or by this process, since the last call or the start; a bit
+    /// each, for every slot. `None` unless that is tracked.
+    pub fn take_written(&self) -> Result<Option<Vec<Vec<u64>>>, Error> {
+        let Some(mut written) = self.ram.take_written() else { return Ok(None) };
+        for ((index, slot), words) in (0..).zip(self.ram.slots()).zip(&mut written) {
+            for (word, by_guest) in words.iter_mut().zip(self.vm.take_dirty_log(index, slot.size)?) {
+                *word |= by_guest;
+            }
+        }
+        Ok(Some(written))
+    }
+
+    /// Has a handle for each vCPU in `handles`; they are parked.
+    pub fn take_handles(&mut self) -> Result<(), Error> {
+        if self.handles.is_empty() {
+            let take =
+                |(index, vcpu): (usize, &Vcpu)| Ok(vcpu.second_handle(&self.vm)?.ok_or(SnapshotError::Ended(index))?);
+            self.handles = self.vcpus.iter().enumerate().map(take).collect::<Result<_, Error>>()?;
+        }
+        Ok(())
+    }
+}

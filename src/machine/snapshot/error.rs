@@ -1,0 +1,91 @@
+//! What can be wrong with a snapshot.
+
+use std::path::PathBuf;
+
+use crate::snapshot::{format, memory};
+
+/// Why a snapshot cannot be made or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The state file is none.
+    #[error("snapshot_path {path:?} cannot be used")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: format::Error,
+    },
+    /// The memory file is none, or not this snapshot's, or cannot be written.
+    #[error("the memory file {path:?} cannot be used")]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: memory::Error,
+    },
+    /// A file cannot be read or written.
+    #[error("cannot {what} {path:?}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It would be overwritten while this microVM uses it.
+    #[error("{0:?} is in use by this microVM; choose another path")]
+    InUse(PathBuf),
+    /// From a host with another make of CPU.
+    #[error("the snapshot is from a host whose CPU is of another maker; load it where it was made")]
+    Cpu,
+    /// The parts of the state do not fit each other.
+    #[error("the snapshot has the state of {found} {what}, and its configuration has {expected}")]
+    Parts {
+        /// Which parts.
+        what: &'static str,
+        /// With state.
+        found: usize,
+        /// Configured.
+        expected: usize,
+    },
+    /// A device does not take its state.
+    #[error("the state of virtio device {index} does not fit")]
+    Device {
+        /// Which.
+        index: usize,
+        /// Why.
+        #[source]
+        source: crate::devices::virtio::StateError,
+    },
+    /// What a guest wrote to an overlay cannot be copied, or dropped.
+    #[error("an overlay cannot be copied or emptied")]
+    Layer(#[source] crate::devices::virtio::block::Error),
+    /// Something to be overridden that is not there.
+    #[error("the snapshot has no {0}, and so none to override")]
+    Override(String),
+    /// Prepared for another.
+    #[error("this process was prepared for another snapshot than that of {0:?}")]
+    PreparedOther(PathBuf),
+    /// Prepared for the same, but not so.
+    #[error("track_dirty_pages and huge_pages cannot be changed in a process that was prepared with --prepare")]
+    PreparedOtherwise,
+    /// It was booted.
+    #[error("this microVM was not loaded from a snapshot that it could go back to")]
+    NoOrigin,
+    /// The guest would find what its memory does not know of.
+    #[error(
+        "drive {0:?} is writable: a reset would leave the guest with a disk that its memory does not know; make it \
+         read-only, give it an overlay, or set keep_drive_writes"
+    )]
+    WritableDrive(String),
+    /// There was no /proc when the machine was made.
+    #[error("this process cannot see which of its pages were touched: it was started without /proc, or --proc-fd")]
+    NoPagemap,
+    /// A vCPU has ended.
+    #[error("vCPU {0} has ended and has no state")]
+    Ended(usize),
+}
