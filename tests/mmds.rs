@@ -57,7 +57,7 @@ fn with_curl() -> Guest {
 
 /// The status and the body that curl gets.
 fn curl(vm: &mut MicroVm, arguments: &str) -> (u16, String) {
-    let output = vm.ok(&format!("curl -sS --max-time 60 -w '\\n%{{http_code}}' {arguments}"));
+    let output = vm.ok(&format!("curl -sS --max-time 230 -w '\\n%{{http_code}}' {arguments}"));
     let (body, status) = output.rsplit_once('\n').unwrap();
     (status.parse().unwrap(), body.to_owned())
 }
@@ -135,7 +135,7 @@ fn a_mebibyte_of_metadata_and_a_hundred_requests_at_once_are_answered_and_the_ta
     metadata["large"] = json!(large);
     let mut vm = boot(with_curl().vcpus(2), &tap, &metadata, json!({"version": "V2"}));
     let header = format!("-H 'X-metadata-token: {}'", token(&mut vm, 600));
-    vm.ok(&format!("curl -sS --max-time 60 {header} -o /tmp/large {URL}/large"));
+    vm.ok(&format!("curl -sS --max-time 230 {header} -o /tmp/large {URL}/large"));
     let file = vm.dir().join("large");
     fs::write(&file, &large).unwrap();
     let sum = Command::new("sha256sum").arg(&file).output().unwrap().stdout;
@@ -143,11 +143,11 @@ fn a_mebibyte_of_metadata_and_a_hundred_requests_at_once_are_answered_and_the_ta
     assert_eq!(vm.ok("sha256sum </tmp/large").split(' ').next(), sum.split(' ').next());
 
     let parallel = "-Z --parallel-immediate --parallel-max 100";
-    vm.ok(&format!("curl -sS --max-time 60 {parallel} {header} -o '/tmp/key#1' '{URL}/key[1-100]'"));
+    vm.ok(&format!("curl -sS --max-time 230 {parallel} {header} -o '/tmp/key#1' '{URL}/key[1-100]'"));
     assert_eq!(vm.ok("for n in $(seq 100); do [ \"$(cat /tmp/key$n)\" = \"value $n\" ] || echo $n; done"), "");
     // All of the large one, several times at once.
     let large: String = (0..3).map(|n| format!(" -o /tmp/large{n} {URL}/large")).collect();
-    vm.ok(&format!("curl -sS --max-time 100 {parallel} {header}{large}"));
+    vm.ok(&format!("curl -sS --max-time 230 {parallel} {header}{large}"));
     assert_eq!(vm.ok("cat /tmp/large?* | wc -c"), (3 << 20).to_string());
     assert!(tap.frames() < 50, "{}", tap.frames());
     let metrics = vm.api().get("/metrics").unwrap().body;

@@ -12,6 +12,7 @@
 #![allow(dead_code)]
 
 mod jail;
+pub mod rest;
 pub mod tap;
 
 use std::fs::{self, File, Permissions};
@@ -31,7 +32,7 @@ use vesiclectl::{Client, Job, Script, Vesicle};
 pub use jail::{JAILER, Mode, Place};
 
 /// Where KVM itself is emulated a guest takes seconds to boot, and longer beside others.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A quiet kernel whose console and shell are the serial port.
 pub const BOOT_ARGS: &str =

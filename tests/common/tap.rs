@@ -62,6 +62,14 @@ impl Tap {
     pub fn set_up(&self, vm: &mut MicroVm, device: &str) {
         vm.ok(&format!("ip addr add {}/24 dev {device} && ip link set {device} up", self.guest()));
     }
+
+    /// Tells host and guest each other's address, so that none has to ask for it through a limit or a flood.
+    pub fn introduce(&self, vm: &mut MicroVm) {
+        let ours = host(&format!("cat /sys/class/net/{}/address", self.name));
+        vm.ok(&format!("arp -s {} {}", self.host(), ours.trim()));
+        let guest = &mac(self.net)["guest_mac"];
+        host(&format!("ip neigh replace {} lladdr {} dev {}", self.guest(), guest.as_str().unwrap(), self.name));
+    }
 }
 
 impl Drop for Tap {

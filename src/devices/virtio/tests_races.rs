@@ -68,7 +68,7 @@ fn sleep_until(condition: impl Fn() -> bool) -> bool {
             break;
         }
     }
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while Instant::now() < deadline {
         if condition() {
             return true;

@@ -96,7 +96,7 @@ impl Host {
     fn asked(&self, address: &'static str) -> String {
         let ask = move || {
             let mut said = String::new();
-            let until = Instant::now() + Duration::from_secs(60);
+            let until = Instant::now() + Duration::from_secs(120);
             while said.is_empty() && Instant::now() < until {
                 if let Ok(mut stream) = TcpStream::connect((address, 7)) {
                     let _ = stream.read_to_string(&mut said);
@@ -122,7 +122,7 @@ impl Host {
     }
 
     fn wait_for_no_link(&self) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         while !self.left().0.is_empty() {
             assert!(Instant::now() < until, "{:?}", self.left());
             std::thread::sleep(Duration::from_millis(50));

@@ -62,7 +62,7 @@ fn a_reset_waits_for_what_is_in_flight_and_leaves_memory_alone_afterwards() {
 
     disk.write_all(&[0xab; 512]).unwrap();
     while !vcpu.is_finished() || !another_vcpu.is_finished() {
-        assert!(start.elapsed() < Duration::from_secs(10));
+        assert!(start.elapsed() < Duration::from_secs(60));
         drive.guest.turn(Duration::from_millis(10));
     }
     vcpu.join().unwrap();
@@ -99,7 +99,7 @@ fn a_device_that_broke_with_requests_in_flight_resets_like_any_other() {
     disk.write_all(&[0xab; 512]).unwrap();
     let start = Instant::now();
     while !vcpu.is_finished() {
-        assert!(start.elapsed() < Duration::from_secs(10));
+        assert!(start.elapsed() < Duration::from_secs(60));
         drive.guest.turn(Duration::from_millis(10));
     }
     assert!(drive.guest.used().is_empty());
@@ -253,7 +253,7 @@ fn a_rate_limited_drive_takes_its_time_and_sleeps_meanwhile() {
         drive.guest.notify();
         let mut used = 0;
         while used < 16 {
-            assert!(start.elapsed() < Duration::from_secs(10));
+            assert!(start.elapsed() < Duration::from_secs(60));
             drive.guest.turn(Duration::from_secs(1));
             used += drive.guest.used().len();
             // A guest that keeps knocking is not heard before the time has come.
@@ -273,13 +273,14 @@ fn a_throttled_drive_uses_no_processor() {
     let drive = Drive::of_size(&DriveConfig { rate_limiter: limits, ..drive(IoEngine::Sync) }, 1 << 20);
     let head = offer_read(&drive);
     drive.guest.offer(head);
+    let start = Instant::now();
     drive.guest.kick();
     assert_eq!(drive.guest.used().len(), 1);
-    let (start, cpu) = (Instant::now(), cpu_time());
-    assert_eq!(drive.guest.turn(Duration::from_secs(10)), 1, "the timer");
+    let cpu = cpu_time();
+    assert_eq!(drive.guest.turn(Duration::from_secs(60)), 1, "the timer");
     assert!(start.elapsed() >= Duration::from_millis(250));
     assert_eq!(drive.guest.used().len(), 1);
-    assert!(cpu_time() - cpu < Duration::from_millis(50));
+    assert!(cpu_time() - cpu < start.elapsed() / 3);
 }
 
 #[test]
@@ -289,7 +290,7 @@ fn a_request_larger_than_its_bucket_passes_and_is_paid_for() {
     let drive = Drive::of_size(&DriveConfig { rate_limiter: limits, ..drive(IoEngine::Sync) }, 1 << 20);
     let start = Instant::now();
     assert_eq!(drive.request(IN, 0, &[writable(DATA, 8 * 4096)]), (OK, 8 * 4096 + 1));
-    assert!(start.elapsed() < Duration::from_millis(100), "a full bucket lets it through");
+    assert_eq!(drive.metrics.rate_limiter_throttled_events.get(), 0, "a full bucket lets it through");
     assert_eq!(drive.request(IN, 0, &[writable(DATA, 512)]), (OK, 513));
     assert!(start.elapsed() >= Duration::from_millis(140), "seven buckets of debt: {:?}", start.elapsed());
 }
@@ -322,7 +323,7 @@ fn a_drive_paused_while_throttled_goes_on_after_the_pause() {
     drive.guest.offer(head);
     drive.guest.kick();
     drive.guest.mmio.quiesce();
-    assert_eq!(drive.guest.turn(Duration::from_secs(10)), 1, "the timer fires during the pause");
+    assert_eq!(drive.guest.turn(Duration::from_secs(60)), 1, "the timer fires during the pause");
     assert_eq!(drive.guest.used().len(), 1);
     drive.guest.mmio.resume();
     assert_eq!(drive.guest.await_used(1).len(), 1);

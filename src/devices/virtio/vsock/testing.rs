@@ -244,7 +244,7 @@ impl Rig {
     pub fn dial(&self, greeting: &str) -> UnixStream {
         let mut stream = UnixStream::connect(self.path()).unwrap();
         stream.write_all(greeting.as_bytes()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         self.run();
         stream
     }
@@ -270,7 +270,7 @@ impl Rig {
         self.send(70, 1000, REQUEST);
         assert_eq!(self.one().op, RESPONSE);
         let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         stream
     }
 

@@ -185,7 +185,7 @@ fn what_the_guest_does_not_acknowledge_is_sent_again_and_a_reset_forgets_it() {
     assert_eq!(cable.answers(&mut next).len(), 2);
     let start = Instant::now();
     let again = loop {
-        assert!(start.elapsed() < Duration::from_secs(10), "never sent again");
+        assert!(start.elapsed() < Duration::from_secs(60), "never sent again");
         let answers = cable.answers(&mut next);
         if !answers.is_empty() {
             break answers;
