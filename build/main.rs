@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed={root}/build");
     let filters: serde_json::Value = serde_json::from_slice(&fs::read(filters)?)?;
     let mut source = String::new();
-    for name in ["api", "vmm", "vcpu"] {
+    for name in ["api", "vmm", "vcpu", "memory"] {
         let program = seccomp::compile(&filters[name]).map_err(|error| format!("the filter of {name}: {error}"))?;
         writeln!(source, "static {}: [sock_filter; {}] = [", name.to_uppercase(), program.len())?;
         for seccomp::Statement { code, jt, jf, k } in program {

@@ -1,7 +1,7 @@
 //! Plays an attacker who has taken over a thread of the VMM: it confines itself as that thread would, with the same
 //! code, and then tries what such an attacker would. The integration tests run it, in a jail and without.
 //!
-//! `attacker --thread api|vmm|vcpu --layers none|seccomp|landlock --outside DIR --neighbour PID`
+//! `attacker --thread api|vmm|vcpu|memory --layers none|seccomp|landlock --outside DIR --neighbour PID`
 //!
 //! It prints a line per attempt: its name, a tab, and `done`, `refused` or `trapped` (by the system-call filter).
 

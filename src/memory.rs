@@ -19,7 +19,8 @@ use std::sync::{Mutex, PoisonError};
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    MemoryRegionAddress, VolatileSlice,
 };
 
 use crate::config::{FIRST_IRQ, HugePages, MAX_VIRTIO_DEVICES};
@@ -377,6 +378,25 @@ impl GuestRam {
         let Ok(count) = usize::try_from(len) else { return Err(outside) };
         self.memory.get_slice(GuestAddress(gpa), count).map_err(|_| outside)
     }
+}
+
+/// Has the pages of the `len` bytes from `offset` on, of RAM without the gap, in the page tables: for `write`, those of a
+/// file are copied, else they stay shared. It stops where a slot ends; returns how many bytes that are, `None` if the
+/// host refuses or there is no such RAM.
+pub fn populate(memory: &GuestMemory, mut offset: u64, len: u64, write: bool) -> Option<u64> {
+    let (advice, name) = match write {
+        true => (libc::MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE"),
+        false => (libc::MADV_POPULATE_READ, "MADV_POPULATE_READ"),
+    };
+    for region in memory.iter() {
+        if let Some(left) = region.len().checked_sub(offset).filter(|&left| left > 0) {
+            let len = len.min(left);
+            let slice = region.get_slice(MemoryRegionAddress(offset), usize::try_from(len).ok()?).ok()?;
+            return advise(&slice, advice, name).ok().map(|()| len);
+        }
+        offset -= region.len();
+    }
+    None
 }
 
 /// Memory of the given pieces, for tests.

@@ -181,6 +181,7 @@ metrics! {
     patch_api_requests: PatchApiRequests,
     put_api_requests: PutApiRequests,
     sandbox: Sandbox,
+    snapshot: Snapshot,
     uart: Uart,
     vcpu: Vcpu,
     vmm: Vmm,

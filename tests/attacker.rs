@@ -21,7 +21,7 @@ const MODES: [(Mode, &str); 4] = [
     (Mode::JailedWithoutMounts, "jailer --no-mount-ns"),
     (Mode::Rootless, "jailer --rootless"),
 ];
-const THREADS: [&str; 3] = ["api", "vmm", "vcpu"];
+const THREADS: [&str; 4] = ["api", "vmm", "vcpu", "memory"];
 const SECURITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/SECURITY.md");
 
 /// What there is to attack.

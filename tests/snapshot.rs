@@ -5,14 +5,14 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::snapshot::{Snapshot, allocated, told, told_by, vesicle};
 use common::{Guest, MicroVm};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 // Snapshots are put into directories that nothing was configured in.
 fn tuned() -> Guest {
@@ -21,46 +21,6 @@ fn tuned() -> Guest {
 
 fn debian(series: &str) -> Guest {
     Guest::debian(series).argument("--allow-path=/")
-}
-
-/// Where a snapshot's files are.
-struct Snapshot {
-    _dir: TempDir,
-    state: PathBuf,
-    memory: PathBuf,
-}
-
-impl Snapshot {
-    /// Files to be, in a directory of their own.
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        Self { state: dir.path().join("state"), memory: dir.path().join("memory"), _dir: dir }
-    }
-
-    fn create(&self, kind: &str) -> Value {
-        json!({ "snapshot_path": self.state, "mem_file_path": self.memory, "snapshot_type": kind })
-    }
-
-    fn load(&self) -> Value {
-        json!({
-            "snapshot_path": self.state,
-            "mem_backend": { "backend_type": "File", "backend_path": self.memory },
-            "resume_vm": true
-        })
-    }
-
-    /// Of a microVM, which is paused by it.
-    fn of(vm: &MicroVm) -> Self {
-        let snapshot = Self::new();
-        vm.pause();
-        vm.put("/snapshot/create", &snapshot.create("Full"));
-        snapshot
-    }
-}
-
-/// Allocated bytes of a file.
-fn allocated(path: &Path) -> u64 {
-    fs::metadata(path).unwrap().blocks() * 512
 }
 
 #[test]
@@ -185,25 +145,19 @@ fn a_diff_merged_into_its_base_is_what_the_guest_is() {
     vm.shut_down();
 }
 
-/// What a tool that must succeed says.
-fn told(program: &Path, arguments: &[&str], files: &[&Path]) -> String {
-    let output = Command::new(program).args(arguments).args(files).output().unwrap();
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
 #[test]
 fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
-    let vesicle = Path::new(env!("CARGO_BIN_EXE_vesicle"));
-    let vesiclectl = vesicle.with_file_name("vesiclectl");
     let mut vm = tuned().vcpus(2).boot();
     let base = Snapshot::of(&vm);
-    assert_eq!(told(vesicle, &["--describe-snapshot"], &[&base.state]), told(vesicle, &["--snapshot-version"], &[]));
-    let shown: Value = serde_json::from_str(&told(&vesiclectl, &["snapshot", "inspect"], &[&base.state])).unwrap();
+    assert_eq!(
+        told_by(vesicle(), &["--describe-snapshot"], &[&base.state]),
+        told_by(vesicle(), &["--snapshot-version"], &[])
+    );
+    let shown: Value = serde_json::from_str(&told(&["inspect"], &[&base.state])).unwrap();
     assert_eq!((&shown["vcpus"], &shown["mem_size_mib"]), (&json!(2), &json!(64)));
     assert_eq!(shown["devices"][0]["kind"], "block");
     assert_eq!(shown["config"]["drives"], vm.get("/vm/config")["drives"]);
-    told(&vesiclectl, &["snapshot", "verify"], &[&base.state, &base.memory]);
+    told(&["verify"], &[&base.state, &base.memory]);
     vm.kill();
 
     let mut vm = vm.successor_with(&["--allow-path=/"]);
@@ -216,9 +170,12 @@ fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
     let merged = Snapshot { memory: diff.state.with_file_name("merged"), ..diff };
     let diff_memory = merged.state.with_file_name("memory");
     let output = format!("--output={}", merged.memory.display());
-    told(&vesiclectl, &["snapshot", "merge", &output], &[&base.memory, &diff_memory]);
-    told(&vesiclectl, &["snapshot", "verify"], &[&merged.state, &merged.memory]);
-    let output = Command::new(&vesiclectl).args(["snapshot", "verify"]).args([&merged.state, &base.memory]).output();
+    told(&["merge", &output], &[&base.memory, &diff_memory]);
+    told(&["verify"], &[&merged.state, &merged.memory]);
+    let output = Command::new(vesicle().with_file_name("vesiclectl"))
+        .args(["snapshot", "verify"])
+        .args([&merged.state, &base.memory])
+        .output();
     let refusal = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(refusal.contains("belongs to another snapshot"), "{refusal}");
     let mut vm = vm.successor();

@@ -433,6 +433,7 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             vsock_override: body.vsock_override.map(|over| over.uds_path),
             clock_realtime: body.clock_realtime,
             huge_pages: body.huge_pages.map(Into::into),
+            working_set_path: body.working_set_path,
         }
         .checked()
     }

@@ -72,6 +72,8 @@ pub struct SnapshotLoad {
     pub clock_realtime: bool,
     /// Other backing of guest RAM than the snapshot's.
     pub huge_pages: Option<HugePages>,
+    /// The pages to populate beside the running vCPUs.
+    pub working_set_path: Option<PathBuf>,
 }
 
 impl SnapshotLoad {
@@ -93,6 +95,7 @@ impl SnapshotLoad {
             }
         }
         self.vsock_override.as_deref().map_or(Ok(()), |path| check_path("uds_path", path))?;
+        self.working_set_path.as_deref().map_or(Ok(()), |path| check_path("working_set_path", path))?;
         Ok(self)
     }
 }

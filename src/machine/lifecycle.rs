@@ -335,6 +335,7 @@ impl Vmm {
     /// Has the vCPUs park; the rest follows when they have.
     fn park(&mut self, parking: Parking) {
         self.parking = Some(parking);
+        self.machine.iter().for_each(Machine::stop_populating);
         for vcpu in self.machine.iter().flat_map(|machine| &machine.vcpus) {
             vcpu.wish(Wish::Park);
         }
@@ -401,6 +402,7 @@ impl Vmm {
     /// when it has passed that on.
     fn end(&mut self, ending: Ending) -> Ending {
         if let Some(machine) = &mut self.machine {
+            machine.stop_populating();
             for device in machine.bus.virtio() {
                 device.quiesce();
             }

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::console::Console;
 use super::files::Host;
+use super::populate::Populating;
 use super::shell::{Parts, Shell, Sockets};
 use super::snapshot::SnapshotError;
 use super::{Error, chain};
@@ -29,6 +30,8 @@ pub struct Machine {
     pub(super) kvm: Kvm,
     pub(super) vm: Arc<Vm>,
     pub(super) ram: GuestRam,
+    /// What populates the working set of the snapshot that it came from.
+    pub(super) populating: Option<Populating>,
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
     windows: Windows,
@@ -50,7 +53,8 @@ impl Machine {
             .collect::<Result<_, _>>()?;
         let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
         let handles = Vec::new();
-        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, has_base: false, windows, pagemap })
+        let (populating, has_base) = (None, false);
+        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, populating, has_base, windows, pagemap })
     }
 
     /// The page tables of this process.
@@ -80,6 +84,13 @@ impl Machine {
             }
         }
         Ok(Some(written))
+    }
+
+    /// From now on the guest does without.
+    pub fn stop_populating(&self) {
+        if let Some(populating) = &self.populating {
+            populating.stop();
+        }
     }
 
     /// Has a handle for each vCPU in `handles`; they are parked.

@@ -25,6 +25,7 @@ use super::console::Console;
 use super::files::{self, Host};
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
+use super::populate::Populating;
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
 use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
@@ -40,7 +41,7 @@ use crate::sandbox::landlock::restricts_paths;
 use crate::snapshot::draft::Draft;
 use crate::snapshot::memory::{self, Pages, Pristine};
 use crate::snapshot::pagemap::Pagemap;
-use crate::snapshot::{Id, format};
+use crate::snapshot::{Id, format, working_set};
 
 /// Everything but guest RAM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -223,12 +224,19 @@ impl Vmm {
 
     /// Gives a prepared machine its devices and starts its clocks.
     fn wake(&self, prepared: Prepared, request: &SnapshotLoad) -> Result<(Machine, Origin), Error> {
-        let Prepared { state, mut machine, kicks, pagemap, pristine, .. } = prepared;
+        let Prepared { id, state, mut machine, kicks, pagemap, pristine, .. } = prepared;
         let devices = self.devices()?;
         same("virtio devices", state.virtio.len(), devices.len())?;
         machine.sockets().plug(devices, kicks)?;
         machine.console = self.console()?;
         machine.has_base = true;
+        if let Some(path) = &request.working_set_path {
+            let file = files::open_image("working_set_path", path)?;
+            let fail = |source| SnapshotError::WorkingSet { path: path.clone(), source };
+            let runs = working_set::read(&file, id, machine.ram.size()).map_err(fail)?;
+            let ram = machine.ram.memory().clone();
+            machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone())?);
+        }
         state.wake(&machine.parts(), request.clock_realtime)?;
         Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap, pristine }))
     }
@@ -250,6 +258,7 @@ impl Vmm {
     /// is no machine any more.
     pub(super) fn reset_in_place(&mut self, request: &SnapshotReset) -> Result<(), Refusal> {
         let (Some(machine), Some(origin)) = (&mut self.machine, &self.origin) else { return Ok(()) };
+        machine.stop_populating();
         if let Err(error) = origin.reset(machine) {
             let refusal = refuse(error);
             self.doom = Some(Ending::doomed("the reset failed", &refusal));

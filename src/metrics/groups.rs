@@ -167,6 +167,11 @@ groups! {
         /// Threads that were put under a system-call filter.
         seccomp_filters: Counter,
     }
+    /// Snapshots.
+    Snapshot {
+        /// Bytes of a working set that were populated.
+        working_set_bytes: Counter,
+    }
     /// The VMM itself.
     Vmm {
         /// Panics.

@@ -24,11 +24,13 @@ pub enum ThreadKind {
     Vmm,
     /// Runs guest code.
     Vcpu,
+    /// Populates guest memory.
+    Memory,
 }
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Api, Self::Vmm, Self::Vcpu];
+    pub const ALL: [Self; 4] = [Self::Api, Self::Vmm, Self::Vcpu, Self::Memory];
 
     /// Its name in the filters' file.
     pub fn name(self) -> &'static str {
@@ -36,6 +38,7 @@ impl ThreadKind {
             Self::Api => "api",
             Self::Vmm => "vmm",
             Self::Vcpu => "vcpu",
+            Self::Memory => "memory",
         }
     }
 }
@@ -123,6 +126,7 @@ impl Filters {
             (Self::BuiltIn, ThreadKind::Api) => &API,
             (Self::BuiltIn, ThreadKind::Vmm) => &VMM,
             (Self::BuiltIn, ThreadKind::Vcpu) => &VCPU,
+            (Self::BuiltIn, ThreadKind::Memory) => &MEMORY,
             // `load` has seen to it that there is one; an empty one would be refused.
             (Self::Loaded(programs), kind) => programs.get(kind.name()).map_or(&[], Vec::as_slice),
         }

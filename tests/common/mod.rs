@@ -13,6 +13,7 @@
 
 mod jail;
 pub mod rest;
+pub mod snapshot;
 pub mod tap;
 
 use std::fs::{self, File, Permissions};

@@ -59,6 +59,8 @@ pub struct SnapshotLoadParams {
     pub clock_realtime: bool,
     /// Another backing of guest RAM.
     pub huge_pages: Option<HugePages>,
+    /// Which pages a first run touches.
+    pub working_set_path: Option<PathBuf>,
 }
 
 /// See [`SnapshotLoadParams::mem_backend`].

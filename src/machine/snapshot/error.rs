@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::snapshot::{format, memory};
+use crate::snapshot::{format, memory, working_set};
 
 /// Why a snapshot cannot be made or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +24,15 @@ pub enum SnapshotError {
         /// What is wrong with it.
         #[source]
         source: memory::Error,
+    },
+    /// The working set is none, or not this snapshot's.
+    #[error("working_set_path {path:?} cannot be used")]
+    WorkingSet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: working_set::Error,
     },
     /// A file cannot be read or written.
     #[error("cannot {what} {path:?}")]

@@ -18,13 +18,13 @@ A launcher for microVMs.
 
 Usage: vesiclectl run [OPTION]... [-- COMMAND...]
        vesiclectl image build --output FILE [OPTION]... SOURCE
-       vesiclectl snapshot inspect|verify|merge FILE...
+       vesiclectl snapshot inspect|verify|merge|record FILE...
        vesiclectl clone OPTION... N
        vesiclectl bench OPTION...
 
   run        run a command in a microVM
   image      make a root file system
-  snapshot   look at snapshots, merge them
+  snapshot   look at snapshots, merge them, note what their first run touches
   clone      run many microVMs from one snapshot, and measure them
   bench      measure VMMs
 

@@ -1,17 +1,22 @@
 //! `vesiclectl snapshot`: looks at the files of snapshots, and puts them together, without a VMM.
 
+mod record;
+
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use lexopt::{Arg, Parser};
+use lexopt::{Arg, Parser, ValueExt};
 use serde_json::{Value, json};
 use vesicle::api::types::FullVmConfiguration;
 use vesicle::machine::{State, read_state};
 use vesicle::snapshot::draft::Draft;
 use vesicle::snapshot::{Id, format, memory};
+
+use record::{Of, Record};
 
 /// What `vesiclectl snapshot --help` prints.
 pub const HELP: &str = "\
@@ -20,10 +25,15 @@ Looks at the files of snapshots, and puts them together.
 Usage: vesiclectl snapshot inspect STATE
        vesiclectl snapshot verify STATE MEMORY
        vesiclectl snapshot merge [--output FILE] BASE DIFF
+       vesiclectl snapshot record --output FILE --vesicle FILE [--seconds N] STATE MEMORY [-- COMMAND...]
+       vesiclectl snapshot record --output FILE --pid PID STATE MEMORY
 
   inspect   what a state file says, as JSON
   verify    read both files to their ends, and say what is wrong with them
   merge     put the pages of the memory file DIFF over those of BASE; the result goes with DIFF's state file
+  record    note which pages a first run touches, for a load with working_set_path: of a microVM that is started for it
+            and runs until COMMAND has ended, which finds its sockets in VESICLE_VSOCK and VESICLE_API, or for N seconds
+            [default: 1]; or of process PID, which was loaded from the snapshot, has done what clones will do, and is paused
 
 Without --output, merge changes BASE itself, which no snapshot can be loaded from until that is done: if it is
 interrupted, it has to be done again. With it, FILE appears whole or not at all.
@@ -48,6 +58,8 @@ pub enum Task {
         /// Where the result goes; `None` for into `base`.
         output: Option<PathBuf>,
     },
+    /// Note which pages are touched.
+    Record(Record),
 }
 
 impl Task {
@@ -57,9 +69,13 @@ impl Task {
     /// An argument that is unknown, missing or too much.
     pub fn parse(parser: &mut Parser) -> Result<Option<Self>, lexopt::Error> {
         let (mut words, mut output) = (Vec::new(), None);
+        let (mut vesicle, mut pid, mut seconds) = (None, None, None);
         while let Some(argument) = parser.next()? {
             match argument {
                 Arg::Long("output") => output = Some(PathBuf::from(parser.value()?)),
+                Arg::Long("vesicle") => vesicle = Some(PathBuf::from(parser.value()?)),
+                Arg::Long("pid") => pid = Some(parser.value()?.parse()?),
+                Arg::Long("seconds") => seconds = Some(parser.value()?.parse()?),
                 Arg::Long("help") | Arg::Short('h') => return Ok(None),
                 Arg::Value(word) => words.push(word),
                 other => return Err(other.unexpected()),
@@ -74,11 +90,27 @@ impl Task {
             Some("merge") => {
                 Self::Merge { base: file("base memory file")?, diff: file("diff memory file")?, output: output.take() }
             }
-            _ => return Err("say what to do: inspect, verify or merge".into()),
+            Some("record") => {
+                let (state, memory) = (file("state file")?, file("memory file")?);
+                let output = output.take().ok_or("name the --output of record")?;
+                let of = match (vesicle.take(), pid.take()) {
+                    (None, Some(process)) => Of::Process(process),
+                    (Some(vesicle), None) => {
+                        let rest = Duration::from_secs(seconds.take().unwrap_or(1));
+                        Of::Run { vesicle, command: words.by_ref().collect(), rest }
+                    }
+                    _ => return Err("record takes either --vesicle or --pid".into()),
+                };
+                Self::Record(Record { state, memory, output, of })
+            }
+            _ => return Err("say what to do: inspect, verify, merge or record".into()),
         };
         match words.next() {
             Some(word) => Err(Arg::Value(word).unexpected()),
-            None if output.is_some() => Err("--output is for merge".into()),
+            None if output.is_some() => Err("--output is for merge and record".into()),
+            None if vesicle.is_some() || pid.is_some() || seconds.is_some() => {
+                Err("--vesicle, --pid and --seconds are for record".into())
+            }
             None => Ok(Some(task)),
         }
     }
@@ -107,6 +139,11 @@ impl Task {
             Self::Merge { base, diff, output: Some(output) } => {
                 let changed = merge_to(base, diff, output)?;
                 println!("{} is {} with {changed} bytes of {}", shown(output), shown(base), shown(diff));
+                Ok(())
+            }
+            Self::Record(record) => {
+                let (touched, written) = record.run()?;
+                println!("{touched} bytes of {} were touched, {written} of them written", shown(&record.memory));
                 Ok(())
             }
         }
@@ -319,7 +356,17 @@ mod tests {
         let merge = Task::Merge { base: "a".into(), diff: "b".into(), output: Some("c".into()) };
         assert_eq!(parsed("merge --output c a b"), Ok(Some(merge)));
         assert_eq!(parsed("merge --help"), Ok(None));
+        let record = |of| Some(Task::Record(Record { state: "a".into(), memory: "b".into(), output: "w".into(), of }));
+        assert_eq!(parsed("record --output w --pid 7 a b"), Ok(record(Of::Process(7))));
+        let (command, rest) = (vec!["sh".into(), "-c".into()], Duration::from_secs(1));
+        let run = record(Of::Run { vesicle: "v".into(), command, rest });
+        assert_eq!(parsed("record --output w --vesicle v a b -- sh -c"), Ok(run));
         for wrong in ["", "explode a", "inspect", "inspect a b", "verify a", "inspect --output a b", "merge a"] {
+            assert!(parsed(wrong).is_err(), "{wrong}");
+        }
+        for wrong in
+            ["record --output w a b", "record --pid 7 a b", "verify --pid 7 a b", "record --output w --pid 7 a b c"]
+        {
             assert!(parsed(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,0 +1,75 @@
+//! A thread that populates the working set of a snapshot beside the running vCPUs.
+//!
+//! What it does is invisible but for its speed: a page that is populated holds what a fault would have put there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use super::Error;
+use crate::memory::{self, GuestMemory};
+use crate::metrics::METRICS;
+use crate::sandbox::Sandbox;
+use crate::sandbox::seccomp::ThreadKind;
+use crate::snapshot::working_set::Run;
+
+/// Bytes populated per call: the host's memory map is locked no longer than that takes.
+const BATCH: u64 = 2 << 20;
+/// The thread only makes system calls.
+const STACK_SIZE: usize = 64 << 10;
+
+/// The thread's handle. Dropping it ends the thread and waits for that, one batch at most.
+#[derive(Debug)]
+pub struct Populating {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Populating {
+    /// Starts it for the pages of `runs`, which are offsets into RAM without the gap.
+    ///
+    /// # Errors
+    /// There can be no further thread.
+    pub fn start(ram: GuestMemory, runs: Vec<Run>, sandbox: Sandbox) -> Result<Self, Error> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&stop);
+        let live = move || match sandbox.confine_thread(ThreadKind::Memory) {
+            Ok(()) => populate(&ram, &runs, &theirs),
+            // Nothing is lost but time.
+            Err(error) => ::log::warn!("The working set is not populated: {}.", super::chain(&error)),
+        };
+        let thread = std::thread::Builder::new().name("memory".into()).stack_size(STACK_SIZE).spawn(live);
+        let thread = thread.map_err(|source| Error::Event("start the thread for the working set", source))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// Has it end after the batch at hand. It touches nothing that a snapshot or a reset could find wrong meanwhile.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Populating {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // The thread ends by returning: a panic aborts the process.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn populate(ram: &GuestMemory, runs: &[Run], stop: &AtomicBool) {
+    for Run { range, written } in runs {
+        let mut at = range.start;
+        while at < range.end {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            // Hosts before Linux 5.14 cannot do it.
+            let Some(done) = memory::populate(ram, at, BATCH.min(range.end - at), *written) else { return };
+            METRICS.snapshot.working_set_bytes.add(done);
+            at += done;
+        }
+    }
+}
