@@ -127,11 +127,16 @@ impl Command {
             {
                 Err(Refusal("The requested operation is not supported before starting the microVM.".into()))
             }
-            Self::CreateSnapshot(_) if lifecycle == Lifecycle::Running => {
+            Self::CreateSnapshot(request) if lifecycle == Lifecycle::Running && !request.live => {
                 Err(Refusal("The microVM is running: pause it with PATCH /vm before a snapshot of it is made.".into()))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether it waits until a live snapshot is complete.
+    pub fn needs_rest(&self) -> bool {
+        matches!(self, Self::CreateSnapshot(_) | Self::Reset(_) | Self::Pause | Self::Resume)
     }
 }
 

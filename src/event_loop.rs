@@ -107,10 +107,11 @@ impl EventLoop {
         self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
     }
 
-    /// Waits until something happens and returns the tokens.
-    pub fn wait(&mut self) -> io::Result<impl Iterator<Item = Token> + use<>> {
+    /// Waits until something happens, if there is nothing else to do, and returns the tokens of what happened.
+    pub fn wait(&mut self, idle: bool) -> io::Result<impl Iterator<Item = Token> + use<>> {
+        let timeout = if idle { -1 } else { 0 };
         let count = loop {
-            match self.epoll.wait(-1, &mut self.events) {
+            match self.epoll.wait(timeout, &mut self.events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 result => break result?,
             }
@@ -149,9 +150,9 @@ mod tests {
         events.add(other.as_raw_fd(), When::Readable, Token::Command).unwrap();
         for _ in 0..2 {
             kick.write(1).unwrap();
-            assert_eq!(events.wait().unwrap().collect::<Vec<_>>(), [Token::Device(3, 1)]);
+            assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Device(3, 1)]);
         }
         other.write(1).unwrap();
-        assert_eq!(events.wait().unwrap().collect::<Vec<_>>(), [Token::Command], "no second report of the kick");
+        assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Command], "no second report of the kick");
     }
 }

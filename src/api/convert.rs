@@ -406,7 +406,7 @@ impl TryFrom<types::SnapshotCreateParams> for config::SnapshotCreate {
             types::SnapshotType::Full => config::SnapshotKind::Full,
             types::SnapshotType::Diff => config::SnapshotKind::Diff,
         };
-        Self { snapshot_path: body.snapshot_path, mem_file_path: body.mem_file_path, kind }.checked()
+        Self { snapshot_path: body.snapshot_path, mem_file_path: body.mem_file_path, kind, live: body.live }.checked()
     }
 }
 

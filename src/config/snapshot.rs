@@ -23,6 +23,8 @@ pub struct SnapshotCreate {
     pub mem_file_path: PathBuf,
     /// What it is to hold.
     pub kind: SnapshotKind,
+    /// Of a microVM that runs: it is paused only for what it writes while its memory is copied. A paused one stays so.
+    pub live: bool,
 }
 
 impl SnapshotCreate {

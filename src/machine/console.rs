@@ -291,7 +291,7 @@ mod tests {
             let count = reader.read(&mut buffer).unwrap();
             read.extend_from_slice(&buffer[..count]);
             if read.len() < written && !console.pending.is_empty() {
-                assert_eq!(events.wait().unwrap().collect::<Vec<_>>(), [Token::OutputReady]);
+                assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::OutputReady]);
                 console.write_output(&serial, &events);
             }
         }

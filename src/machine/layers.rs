@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use super::running::Machine;
-use super::snapshot::{SnapshotError, file_error};
+use super::snapshot::SnapshotError;
+use super::snapshot::files::file_error;
 use super::{Error, devices};
 use crate::config::{DriveConfig, DriveOverride, OverlayConfig, SnapshotCreate, SnapshotLoad, VmConfig};
 use crate::devices::virtio::Block;

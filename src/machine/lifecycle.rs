@@ -16,6 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
 use super::files::{self, Files, Host};
+use super::live::Live;
 use super::running::Machine;
 use super::shell::{Layout, Shell};
 use super::snapshot::{Origin, Prepared};
@@ -58,9 +59,18 @@ impl Ending {
 
 /// Who waits for the vCPUs to park, and what for.
 pub(super) struct Parking {
-    /// Back to the snapshot then; a mere pause otherwise.
-    reset: Option<SnapshotReset>,
-    reply: oneshot::Sender<Answer>,
+    pub(super) purpose: Purpose,
+    pub(super) reply: oneshot::Sender<Answer>,
+}
+
+/// See [`Parking`].
+pub(super) enum Purpose {
+    /// To be paused.
+    Pause,
+    /// To go back to the snapshot.
+    Reset(SnapshotReset),
+    /// To complete a live snapshot.
+    Snapshot(Box<Live>),
 }
 
 /// The metrics file and when to write it.
@@ -93,7 +103,9 @@ pub struct Vmm {
     _termination: Termination,
     /// What happens when the vCPUs are parked.
     pub(super) parking: Option<Parking>,
-    /// What arrived during it.
+    /// A live snapshot that is being copied, and who waits for it.
+    pub(super) live: Option<(Live, oneshot::Sender<Answer>)>,
+    /// What arrived meanwhile.
     pub(super) deferred: VecDeque<Request>,
     /// What failed and cannot be tried again ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
@@ -136,6 +148,7 @@ impl Vmm {
             metrics: None,
             _termination: termination,
             parking: None,
+            live: None,
             deferred: VecDeque::new(),
             doom: None,
             resume_due: false,
@@ -152,7 +165,7 @@ impl Vmm {
     /// Serves commands and devices until the microVM ends.
     pub fn run(&mut self) -> Ending {
         loop {
-            let tokens = match self.events.wait() {
+            let tokens = match self.events.wait(self.live.is_none()) {
                 Ok(tokens) => tokens,
                 Err(error) => return self.end(Ending::failure(format!("cannot wait for events: {error}"))),
             };
@@ -161,6 +174,7 @@ impl Vmm {
                     return self.end(ending);
                 }
             }
+            self.go_on_live();
         }
     }
 
@@ -194,7 +208,7 @@ impl Vmm {
 
     fn serve_commands(&mut self) {
         while let Some(request) = self.commands.next() {
-            if self.parking.is_some() {
+            if self.parking.is_some() || self.live.is_some() && request.command.needs_rest() {
                 self.deferred.push_back(request);
             } else {
                 self.serve(request);
@@ -206,10 +220,11 @@ impl Vmm {
         let Request { command, reply } = request;
         if self.state == Lifecycle::Running {
             match command {
-                Command::Pause => return self.park(Parking { reset: None, reply }),
+                Command::Pause => return self.park(Parking { purpose: Purpose::Pause, reply }),
+                Command::CreateSnapshot(request) if request.live => return self.begin_live(request, reply),
                 Command::Reset(reset) => {
                     return match self.check_reset(&reset) {
-                        Ok(()) => self.park(Parking { reset: Some(reset), reply }),
+                        Ok(()) => self.park(Parking { purpose: Purpose::Reset(reset), reply }),
                         Err(refusal) => _ = reply.send(Err(refusal)),
                     };
                 }
@@ -333,7 +348,7 @@ impl Vmm {
     }
 
     /// Has the vCPUs park; the rest follows when they have.
-    fn park(&mut self, parking: Parking) {
+    pub(super) fn park(&mut self, parking: Parking) {
         self.parking = Some(parking);
         self.machine.iter().for_each(Machine::stop_populating);
         for vcpu in self.machine.iter().flat_map(|machine| &machine.vcpus) {
@@ -373,21 +388,31 @@ impl Vmm {
                 Run::Exited(None) => return Some(Ending::clean("the vCPUs were stopped")),
             }
         }
-        if parked && let Some(Parking { reset, reply }) = self.parking.take() {
+        if parked && let Some(Parking { purpose, reply }) = self.parking.take() {
             for device in machine.bus.virtio() {
                 device.quiesce();
             }
             self.enter(Lifecycle::Paused, Event::Paused);
-            let done = reset.map_or(Ok(()), |request| self.reset_in_place(&request));
-            let _ = reply.send(done.map(|()| Reply::Done));
+            let done = match purpose {
+                Purpose::Pause => Ok(Reply::Done),
+                Purpose::Reset(request) => self.reset_in_place(&request).map(|()| Reply::Done),
+                Purpose::Snapshot(live) => self.finish_live(*live),
+            };
+            let _ = reply.send(done);
             self.resume_if_due();
-            while self.parking.is_none()
-                && let Some(request) = self.deferred.pop_front()
-            {
-                self.serve(request);
-            }
+            self.serve_deferred();
         }
         None
+    }
+
+    /// Serves what had to wait, as long as it has not to wait again.
+    pub(super) fn serve_deferred(&mut self) {
+        while self.parking.is_none()
+            && self.live.is_none()
+            && let Some(request) = self.deferred.pop_front()
+        {
+            self.serve(request);
+        }
     }
 
     pub(super) fn enter(&mut self, state: Lifecycle, event: Event) {
@@ -401,6 +426,8 @@ impl Vmm {
     /// The last things a machine does: its output, its figures, its reason. The API thread ends
     /// when it has passed that on.
     fn end(&mut self, ending: Ending) -> Ending {
+        // What is half written goes with it.
+        (self.live, self.parking) = (None, None);
         if let Some(machine) = &mut self.machine {
             machine.stop_populating();
             for device in machine.bus.virtio() {

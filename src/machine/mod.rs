@@ -8,6 +8,7 @@ mod files;
 mod fill;
 mod layers;
 pub mod lifecycle;
+mod live;
 mod populate;
 mod running;
 mod shell;

@@ -9,10 +9,10 @@
 //! the API's requests: what the file says is hostile until then.
 
 mod error;
+pub(super) mod files;
 
-use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::VcpuFd;
@@ -20,15 +20,16 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::error::SnapshotError;
+use self::files::{Files, MemoryFile, check_targets, new_id, pages_of};
 use super::Error;
 use super::console::Console;
-use super::files::{self, Host};
+use super::files::{Host, open_image};
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::Populating;
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
+use crate::config::{SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -36,10 +37,7 @@ use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
-use crate::random;
-use crate::sandbox::landlock::restricts_paths;
-use crate::snapshot::draft::Draft;
-use crate::snapshot::memory::{self, Pages, Pristine};
+use crate::snapshot::memory::{self, Pristine};
 use crate::snapshot::pagemap::Pagemap;
 use crate::snapshot::{Id, format, working_set};
 
@@ -161,26 +159,20 @@ impl Vmm {
     pub(super) fn create_snapshot(&mut self, request: &SnapshotCreate) -> Result<(), Error> {
         let (Some(machine), events) = (&mut self.machine, &self.events) else { return Ok(()) };
         machine.console.write_output(&machine.bus.serial, events);
-        let layers = layers::paths(&self.config, request);
-        for path in [&request.snapshot_path, &request.mem_file_path].into_iter().chain(&layers) {
-            check_unused(path, machine, &self.config)?;
-        }
-        let id = random::bytes().map_err(|source| Error::Event("draw random bytes", source))?;
-        let state = State::save(machine, &self.config, &request.mem_file_path)?;
-        let path = &request.snapshot_path;
-        let content =
-            format::encode(id, &state).map_err(|source| SnapshotError::Format { path: path.clone(), source })?;
-        let fail = |what| move |source| file_error(what, path, source);
-        let draft = Draft::create(path).map_err(fail("create"))?;
-        draft.file().write_all_at(&content, 0).map_err(fail("write"))?;
-        draft.sync().map_err(fail("write"))?;
-        let layers = layers::write(machine, request, id)?;
+        check_targets(request, machine, &self.config)?;
+        let id = new_id()?;
+        let files = Files::draft(machine, &self.config, request, id)?;
+        let memory = MemoryFile::open(request, machine)?;
         // Should it fail, the record of written pages that it takes begins nowhere any more.
         let has_base = std::mem::take(&mut machine.has_base);
-        write_memory(machine, request, has_base, id)?;
+        // Taken in any case: the next Diff begins here.
+        let written = machine.take_written()?.filter(|_| has_base);
+        let written =
+            memory::write(&machine.ram, pages_of(request.kind, written), &machine.pagemap()?, id, memory.file());
+        written.map_err(|source| memory.error(source))?;
+        files.publish(memory)?;
         machine.has_base = true;
-        layers::publish(layers)?;
-        draft.publish().map_err(fail("create"))
+        Ok(())
     }
 
     /// Does all of a load that does not depend on the clone, so that the load itself has little to do.
@@ -231,7 +223,7 @@ impl Vmm {
         machine.console = self.console()?;
         machine.has_base = true;
         if let Some(path) = &request.working_set_path {
-            let file = files::open_image("working_set_path", path)?;
+            let file = open_image("working_set_path", path)?;
             let fail = |source| SnapshotError::WorkingSet { path: path.clone(), source };
             let runs = working_set::read(&file, id, machine.ram.size()).map_err(fail)?;
             let ram = machine.ram.memory().clone();
@@ -322,7 +314,7 @@ impl Opened {
             );
         }
         let path = memory.unwrap_or(&state.mem_file_path);
-        let memory = files::open_image("mem_file_path", path)?;
+        let memory = open_image("mem_file_path", path)?;
         memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(id))
             .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
         let files = [identity(&file).map_err(fail)?, identity(&memory).map_err(fail)?];
@@ -382,42 +374,6 @@ impl Origin {
     }
 }
 
-fn write_memory(machine: &Machine, request: &SnapshotCreate, has_base: bool, id: Id) -> Result<(), Error> {
-    let path = &request.mem_file_path;
-    let fail = |source| SnapshotError::Memory { path: path.clone(), source };
-    let file_error = |what| move |source| file_error(what, path, source);
-    let pagemap = machine.pagemap()?;
-    // Taken in any case: the next Diff begins here.
-    let written = machine.take_written()?.filter(|_| has_base);
-    let pages = match (request.kind, written) {
-        (SnapshotKind::Full, _) => Pages::All,
-        (SnapshotKind::Diff, Some(written)) => Pages::Noted(written),
-        (SnapshotKind::Diff, None) => Pages::Changed,
-    };
-    if request.kind == SnapshotKind::Diff && path.exists() {
-        // In place: the whole of it is only there again when this is done.
-        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(file_error("open"))?;
-        memory::check(&file, machine.ram.size(), None).map_err(fail)?;
-        memory::write(&machine.ram, &pages, &pagemap, id, &file).map_err(fail)?;
-        return file.sync_all().map_err(file_error("write"));
-    }
-    let draft = Draft::create(path).map_err(file_error("create"))?;
-    memory::write(&machine.ram, &pages, &pagemap, id, draft.file()).map_err(fail)?;
-    draft.sync().map_err(file_error("write"))?;
-    draft.publish().map_err(file_error("create"))
-}
-
-/// A snapshot's file cannot be written; maybe because its directory was given up.
-pub(super) fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
-    match source.kind() {
-        ErrorKind::PermissionDenied if restricts_paths() => {
-            Error::OutOfReach { what: "the snapshot's file", path: path.to_owned(), source }
-        }
-        _ => SnapshotError::File { what, path: path.to_owned(), source }.into(),
-    }
-}
-
 /// The state in a file, and the snapshot it is of.
 ///
 /// # Errors
@@ -431,21 +387,4 @@ fn open_state(path: &Path) -> Result<(File, Id, State), SnapshotError> {
     let (file, content) = format::read(path).map_err(fail)?;
     let (header, state) = format::decode(&content).map_err(fail)?;
     Ok((file, header.id, state))
-}
-
-/// Refuses to write over what the running guest is made of: its memory file, its images, its drives.
-fn check_unused(path: &Path, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
-    let Ok(target) = fs::metadata(path) else { return Ok(()) };
-    let is_target = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == (target.dev(), target.ino());
-    let base = machine.ram.base().and_then(|base| base.metadata().ok());
-    let source = config
-        .boot_source
-        .iter()
-        .flat_map(|source| [Some(&source.kernel_image_path), source.initrd_path.as_ref()].into_iter().flatten());
-    let drives = config.drives.iter().map(|drive| &drive.path_on_host).chain(layers::in_use(config));
-    let named = source.chain(drives).filter_map(|path| fs::metadata(path).ok());
-    if base.into_iter().chain(named).any(is_target) {
-        return Err(SnapshotError::InUse(path.to_owned()));
-    }
-    Ok(())
 }

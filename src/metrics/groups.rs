@@ -110,6 +110,8 @@ groups! {
         diff_create_snapshot: Gauge,
         /// The load of a snapshot as the client saw it, in microseconds.
         load_snapshot: Gauge,
+        /// How long a live snapshot had the microVM paused, in microseconds.
+        live_snapshot_pause: Gauge,
     }
     /// The log and the metrics file.
     Logger {
@@ -171,6 +173,10 @@ groups! {
     Snapshot {
         /// Bytes of a working set that were populated.
         working_set_bytes: Counter,
+        /// Bytes that live snapshots copied while the microVM ran.
+        live_running_bytes: Counter,
+        /// Bytes that live snapshots copied while it was paused.
+        live_paused_bytes: Counter,
     }
     /// The VMM itself.
     Vmm {

@@ -16,7 +16,7 @@ use std::ptr;
 
 use super::Id;
 use super::pagemap::{Pagemap, Which};
-use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::memory::{GuestRam, PAGE_SIZE, Slot};
 
 /// Follows RAM in the file: this, then the snapshot's id.
 const TRAILER_MAGIC: [u8; 8] = *b"VSCLMEM\x01";
@@ -65,60 +65,112 @@ pub enum Pages {
 ///
 /// # Errors
 /// The file cannot be written: the disk is full, say. Or there is no /proc.
-pub fn write(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<(), Error> {
-    let fail = |what| move |source| Error::Io(what, source);
-    file.set_len(ram.size() + TRAILER).map_err(fail("set its size"))?;
-    match pages {
-        Pages::Noted(noted) => write_noted(ram, noted, file)?,
-        _ => write_mapped(ram, pages, pagemap, file)?,
-    }
+pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<(), Error> {
+    let mut copy = Copy::new(ram, pages, file)?;
+    copy.go_on(ram, pagemap, file, u64::MAX)?;
     mark(file, ram.size(), id)
 }
 
-fn write_noted(ram: &GuestRam, noted: &[Vec<u64>], file: &File) -> Result<(), Error> {
-    let mut offset = 0;
-    for (slot, bits) in ram.slots().zip(noted) {
-        let is_noted = |page: u64| bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0);
-        let mut page = 0;
-        let pages = slot.size / PAGE_SIZE;
-        while let Some(start) = (page..pages).find(|&page| is_noted(page)) {
-            page = (start..pages).find(|&page| !is_noted(page)).unwrap_or(pages);
-            let (from, length) = (start * PAGE_SIZE, (page - start) * PAGE_SIZE);
-            write_out(file, slot.host + from, length, offset + from)?;
-        }
-        offset += slot.size;
-    }
-    Ok(())
+/// A copy of RAM in a file, made piece by piece.
+#[derive(Debug)]
+pub struct Copy {
+    pages: Pages,
+    which: Which,
+    always: Vec<Range<u64>>,
+    /// How far it is, as an offset into RAM without the gap.
+    at: u64,
+    /// Bytes copied.
+    copied: u64,
 }
 
-fn write_mapped(ram: &GuestRam, pages: &Pages, pagemap: &Pagemap, file: &File) -> Result<(), Error> {
-    let base = ram.base().map(|base| data_of(base, ram.size())).transpose();
-    let base = base.map_err(|source| Error::Io("look at its base", source))?;
-    // A page of the base is as it was there.
-    let which = if base.is_some() { Which::Private } else { Which::Touched };
-    let always = match (&base, pages) {
-        (Some(data), Pages::All) => data.clone(),
-        (Some(_), _) => Vec::new(),
-        // Images are mapped: what the guest did not touch of them is not zero either.
-        (None, _) => ram.mapped(),
-    };
-    let mut offset = 0;
-    for slot in ram.slots() {
-        let always: Vec<_> = always
-            .iter()
-            .map(|range| range.start.max(offset)..range.end.min(offset + slot.size))
-            .filter(|range| !range.is_empty())
-            .map(|range| range.start - offset..range.end - offset)
-            .collect();
-        pagemap.runs((slot.host, slot.size), which, &always, |run| match pages {
-            Pages::Changed | Pages::Noted(_) => {
-                write_out(file, slot.host + run.start, run.end - run.start, offset + run.start)
-            }
-            Pages::All => write_nonzero(file, slot.host, run, offset),
-        })?;
-        offset += slot.size;
+impl Copy {
+    /// Nothing is copied yet; `file` is as for [`write`].
+    ///
+    /// # Errors
+    /// The disk is full, or the file that RAM came from cannot be looked at.
+    pub fn new(ram: &GuestRam, pages: Pages, file: &File) -> Result<Self, Error> {
+        let fail = |what| move |source| Error::Io(what, source);
+        file.set_len(ram.size() + TRAILER).map_err(fail("set its size"))?;
+        let base = ram.base().map(|base| data_of(base, ram.size())).transpose();
+        let base = base.map_err(fail("look at its base"))?;
+        // A page of the base is as it was there.
+        let which = if base.is_some() { Which::Private } else { Which::Touched };
+        let always = match (base, &pages) {
+            (Some(data), Pages::All) => data,
+            (Some(_), _) => Vec::new(),
+            // Images are mapped: what the guest did not touch of them is not zero either.
+            (None, _) => ram.mapped(),
+        };
+        Ok(Self { pages, which, always, at: 0, copied: 0 })
     }
-    Ok(())
+
+    /// Copies what is to be copied of the next `most` bytes of RAM; whether that was the last of it.
+    ///
+    /// # Errors
+    /// The file cannot be written, or the kernel does not say which pages are to be.
+    pub fn go_on(&mut self, ram: &GuestRam, pagemap: &Pagemap, file: &File, most: u64) -> Result<bool, Error> {
+        let window = self.at..self.at.saturating_add(most).min(ram.size());
+        let mut offset = 0;
+        for (index, slot) in ram.slots().enumerate() {
+            let part = window.start.max(offset)..window.end.min(offset + slot.size);
+            if !part.is_empty() {
+                self.copied += self.part(pagemap, file, (index, slot), offset, part)?;
+            }
+            offset += slot.size;
+        }
+        self.at = window.end;
+        Ok(self.at == ram.size())
+    }
+
+    /// Bytes copied so far.
+    pub fn copied(&self) -> u64 {
+        self.copied
+    }
+
+    /// Copies from `part` of the slot that is at `offset`.
+    fn part(
+        &self,
+        pagemap: &Pagemap,
+        file: &File,
+        (index, slot): (usize, Slot),
+        offset: u64,
+        part: Range<u64>,
+    ) -> Result<u64, Error> {
+        let (host, size) = (slot.host + (part.start - offset), part.end - part.start);
+        if let Pages::Noted(noted) = &self.pages {
+            let bits = noted.get(index).map_or(&[][..], Vec::as_slice);
+            return write_noted(bits, slot, part.start - offset..part.end - offset, file, offset);
+        }
+        let always: Vec<_> = self
+            .always
+            .iter()
+            .map(|range| range.start.max(part.start)..range.end.min(part.end))
+            .filter(|range| !range.is_empty())
+            .map(|range| range.start - part.start..range.end - part.start)
+            .collect();
+        let mut copied = 0;
+        pagemap.runs((host, size), self.which, &always, |run| {
+            copied += run.end - run.start;
+            match self.pages {
+                Pages::All => write_nonzero(file, host, run, part.start),
+                _ => write_out(file, host + run.start, run.end - run.start, part.start + run.start),
+            }
+        })?;
+        Ok(copied)
+    }
+}
+
+/// Writes the pages of `part` of a slot, at `offset` in the file, whose bits are set; returns how many bytes that is.
+fn write_noted(bits: &[u64], slot: Slot, part: Range<u64>, file: &File, offset: u64) -> Result<u64, Error> {
+    let is_noted = |page: u64| bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0);
+    let (mut page, pages, mut copied) = (part.start / PAGE_SIZE, part.end / PAGE_SIZE, 0);
+    while let Some(start) = (page..pages).find(|&page| is_noted(page)) {
+        page = (start..pages).find(|&page| !is_noted(page)).unwrap_or(pages);
+        let (from, length) = (start * PAGE_SIZE, (page - start) * PAGE_SIZE);
+        write_out(file, slot.host + from, length, offset + from)?;
+        copied += length;
+    }
+    Ok(copied)
 }
 
 /// The memory file that RAM came from, to read it.
@@ -324,4 +376,40 @@ pub fn check(file: &File, size: u64, id: Option<Id>) -> Result<(), Error> {
     }
     let (_, theirs) = identify(file)?;
     if id.is_some_and(|id| theirs != id) { Err(Error::OtherSnapshot) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::config::HugePages;
+    use crate::memory::MIB;
+
+    #[test]
+    fn a_copy_made_in_slices_is_the_same_as_one_made_at_once() {
+        let ram = GuestRam::new(4 * MIB, HugePages::None).unwrap();
+        let mut noted = vec![0; 16];
+        for page in [0_u64, 1, 3, 62, 63, 64, 65, 500, 1023] {
+            ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap();
+            noted[page as usize / 64] |= 1 << (page % 64);
+        }
+        let pagemap = Pagemap::open(None).unwrap();
+        for pages in [Pages::All, Pages::Changed, Pages::Noted(vec![noted])] {
+            let [whole, sliced] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+            write(&ram, pages.clone(), &pagemap, [7; 16], &whole).unwrap();
+            let mut copy = Copy::new(&ram, pages, &sliced).unwrap();
+            while !copy.go_on(&ram, &pagemap, &sliced, 3 * PAGE_SIZE).unwrap() {}
+            assert_eq!(copy.copied(), 9 * PAGE_SIZE);
+            mark(&sliced, ram.size(), [7; 16]).unwrap();
+            let content = |file: &File| {
+                let mut content = vec![0; (ram.size() + TRAILER) as usize];
+                file.read_exact_at(&mut content, 0).unwrap();
+                content
+            };
+            assert!(content(&whole) == content(&sliced));
+            assert_eq!(content(&whole)[65 * PAGE_SIZE as usize], 66);
+            assert_eq!(data_of(&sliced, ram.size()).unwrap().len(), 5);
+        }
+    }
 }

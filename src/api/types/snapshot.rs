@@ -17,6 +17,9 @@ pub struct SnapshotCreateParams {
     /// What the memory file holds.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
+    /// Of a microVM that runs.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// See [`SnapshotCreateParams::snapshot_type`].

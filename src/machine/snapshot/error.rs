@@ -91,6 +91,9 @@ pub enum SnapshotError {
          read-only, give it an overlay, or set keep_drive_writes"
     )]
     WritableDrive(String),
+    /// Nobody knows what is written meanwhile.
+    #[error("a live snapshot needs track_dirty_pages, in PUT /machine-config or in the load")]
+    NotTracked,
     /// There was no /proc when the machine was made.
     #[error("this process cannot see which of its pages were touched: it was started without /proc, or --proc-fd")]
     NoPagemap,

@@ -1,0 +1,149 @@
+//! The files of a snapshot that is made: whole beside their places, then in them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::{SnapshotError, State};
+use crate::config::{SnapshotCreate, SnapshotKind, VmConfig};
+use crate::machine::running::Machine;
+use crate::machine::{Error, layers};
+use crate::random;
+use crate::sandbox::landlock::restricts_paths;
+use crate::snapshot::draft::Draft;
+use crate::snapshot::memory::{self, Pages};
+use crate::snapshot::{Id, format};
+
+/// A snapshot's id.
+pub fn new_id() -> Result<Id, Error> {
+    random::bytes().map_err(|source| Error::Event("draw random bytes", source))
+}
+
+/// What goes into a memory file; `written` since the last snapshot, if that is known.
+pub fn pages_of(kind: SnapshotKind, written: Option<Vec<Vec<u64>>>) -> Pages {
+    match (kind, written) {
+        (SnapshotKind::Full, _) => Pages::All,
+        (SnapshotKind::Diff, Some(written)) => Pages::Noted(written),
+        (SnapshotKind::Diff, None) => Pages::Changed,
+    }
+}
+
+/// The files of a snapshot besides its memory, not in their places yet.
+pub struct Files {
+    path: PathBuf,
+    state: Draft,
+    layers: Vec<(PathBuf, Draft)>,
+}
+
+impl Files {
+    /// Writes the state of a machine that is paused, and what its guest wrote to overlays.
+    pub fn draft(machine: &mut Machine, config: &VmConfig, request: &SnapshotCreate, id: Id) -> Result<Self, Error> {
+        let state = State::save(machine, config, &request.mem_file_path)?;
+        let path = request.snapshot_path.clone();
+        let content =
+            format::encode(id, &state).map_err(|source| SnapshotError::Format { path: path.clone(), source })?;
+        let state = Draft::create(&path).map_err(|source| file_error("create", &path, source))?;
+        state.file().write_all_at(&content, 0).map_err(|source| file_error("write", &path, source))?;
+        Ok(Self { path, state, layers: layers::write(machine, request, id)? })
+    }
+
+    /// Has all of it on disk, and then in place.
+    pub fn publish(self, memory: MemoryFile) -> Result<(), Error> {
+        let Self { path, state, layers } = self;
+        state.sync().map_err(|source| file_error("write", &path, source))?;
+        memory.publish()?;
+        layers::publish(layers)?;
+        state.publish().map_err(|source| file_error("create", &path, source))
+    }
+}
+
+/// A memory file that is being written.
+#[derive(Debug)]
+pub struct MemoryFile {
+    path: PathBuf,
+    place: Place,
+}
+
+/// Where it is until it is complete.
+#[derive(Debug)]
+enum Place {
+    /// Beside its place.
+    Draft(Draft),
+    /// Over the one that a Diff is merged into: the whole of it is only there again when this is done.
+    Base(File),
+}
+
+impl MemoryFile {
+    /// Opens what `request` names for the memory of `machine`.
+    pub fn open(request: &SnapshotCreate, machine: &Machine) -> Result<Self, Error> {
+        let path = request.mem_file_path.clone();
+        if request.kind == SnapshotKind::Diff && path.exists() {
+            let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+            let file = file.map_err(|source| file_error("open", &path, source))?;
+            memory::check(&file, machine.ram.size(), None)
+                .map_err(|source| SnapshotError::Memory { path: path.clone(), source })?;
+            return Ok(Self { path, place: Place::Base(file) });
+        }
+        let draft = Draft::create(&path).map_err(|source| file_error("create", &path, source))?;
+        Ok(Self { path, place: Place::Draft(draft) })
+    }
+
+    /// What to write to.
+    pub fn file(&self) -> &File {
+        match &self.place {
+            Place::Draft(draft) => draft.file(),
+            Place::Base(file) => file,
+        }
+    }
+
+    /// What went wrong with it.
+    pub fn error(&self, source: memory::Error) -> SnapshotError {
+        SnapshotError::Memory { path: self.path.clone(), source }
+    }
+
+    fn publish(self) -> Result<(), Error> {
+        let fail = |what| move |source: std::io::Error| (what, source);
+        let done = match self.place {
+            Place::Base(file) => file.sync_all().map_err(fail("write")),
+            Place::Draft(draft) => {
+                draft.sync().map_err(fail("write")).and_then(|()| draft.publish().map_err(fail("create")))
+            }
+        };
+        done.map_err(|(what, source)| file_error(what, &self.path, source))
+    }
+}
+
+/// A snapshot's file cannot be written; maybe because its directory was given up.
+pub fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::PermissionDenied if restricts_paths() => {
+            Error::OutOfReach { what: "the snapshot's file", path: path.to_owned(), source }
+        }
+        _ => SnapshotError::File { what, path: path.to_owned(), source }.into(),
+    }
+}
+
+/// Refuses to write over what the running guest is made of, wherever `request` says.
+pub fn check_targets(request: &SnapshotCreate, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
+    let layers = layers::paths(config, request);
+    let mut targets = [&request.snapshot_path, &request.mem_file_path].into_iter().chain(&layers);
+    targets.try_for_each(|path| check_unused(path, machine, config))
+}
+
+/// Refuses to write over what the running guest is made of: its memory file, its images, its drives.
+fn check_unused(path: &Path, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
+    let Ok(target) = fs::metadata(path) else { return Ok(()) };
+    let is_target = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == (target.dev(), target.ino());
+    let base = machine.ram.base().and_then(|base| base.metadata().ok());
+    let source = config
+        .boot_source
+        .iter()
+        .flat_map(|source| [Some(&source.kernel_image_path), source.initrd_path.as_ref()].into_iter().flatten());
+    let drives = config.drives.iter().map(|drive| &drive.path_on_host).chain(layers::in_use(config));
+    let named = source.chain(drives).filter_map(|path| fs::metadata(path).ok());
+    if base.into_iter().chain(named).any(is_target) {
+        return Err(SnapshotError::InUse(path.to_owned()));
+    }
+    Ok(())
+}
