@@ -24,6 +24,8 @@ pub enum Token {
     OutputReady,
     /// Time to write the metrics.
     Metrics,
+    /// Who serves guest memory is gone.
+    HandlerGone,
     /// A virtio device's descriptor: its index and the tag it gave.
     Device(u8, u8),
 }
@@ -39,6 +41,7 @@ impl Token {
             Self::Input => 5,
             Self::OutputReady => 6,
             Self::Metrics => 7,
+            Self::HandlerGone => 8,
             Self::Device(index, tag) => 0x1_0000 | u64::from(index) << 8 | u64::from(tag),
         }
     }
@@ -55,6 +58,7 @@ impl Token {
             (_, 5) => Self::Input,
             (_, 6) => Self::OutputReady,
             (_, 7) => Self::Metrics,
+            (_, 8) => Self::HandlerGone,
             _ => return None,
         })
     }
@@ -135,7 +139,13 @@ mod tests {
     #[test]
     fn every_token_survives_the_kernel() {
         let mut tokens = vec![Token::Command, Token::Signal, Token::Vcpu, Token::Reset, Token::Serial, Token::Input];
-        tokens.extend([Token::OutputReady, Token::Metrics, Token::Device(0, 0), Token::Device(18, 3)]);
+        tokens.extend([
+            Token::OutputReady,
+            Token::Metrics,
+            Token::HandlerGone,
+            Token::Device(0, 0),
+            Token::Device(18, 3),
+        ]);
         for token in tokens {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

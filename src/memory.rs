@@ -175,6 +175,8 @@ pub struct GuestRam {
     mapped: Mutex<Vec<Range<u64>>>,
     /// The memory file of the snapshot that this RAM is a private mapping of.
     base: Option<File>,
+    /// Another process has what is not there yet.
+    served: bool,
 }
 
 impl GuestRam {
@@ -204,7 +206,7 @@ impl GuestRam {
         let regions = ranges(size).map(|(gpa, len)| reserve(gpa, len, huge_pages, written(len)));
         let regions = regions.collect::<Result<_, _>>()?;
         let memory = GuestMemory::from_regions(regions).map_err(Error::Layout)?;
-        Ok(Self { memory, huge_pages, mapped: Mutex::default(), base: None })
+        Ok(Self { memory, huge_pages, mapped: Mutex::default(), base: None, served: false })
     }
 
     /// The memory itself.
@@ -260,6 +262,21 @@ impl GuestRam {
     /// The memory file that this RAM came from.
     pub fn base(&self) -> Option<&File> {
         self.base.as_ref()
+    }
+
+    /// Bytes in a page of RAM.
+    pub fn page_size(&self) -> u64 {
+        if self.huge_pages == HugePages::Size2M { HUGE_PAGE_SIZE } else { PAGE_SIZE }
+    }
+
+    /// Whether pages that are not there are not zero: another process has them.
+    pub fn is_served(&self) -> bool {
+        self.served
+    }
+
+    /// From now on another process has what is not there.
+    pub fn set_served(&mut self) {
+        self.served = true;
     }
 
     /// Makes RAM what the memory file of a snapshot holds: a private mapping, of which pages are read

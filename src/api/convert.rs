@@ -414,18 +414,16 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
     type Error = ConfigError;
 
     fn try_from(body: types::SnapshotLoadParams) -> Result<Self, ConfigError> {
-        let mem_file_path = match (body.mem_backend, body.mem_file_path) {
-            (Some(backend), None) if backend.backend_type == types::MemoryBackendType::File => backend.backend_path,
-            (Some(_), None) => {
-                return Err(ConfigError::Unavailable("backend_type Uffd is not available in this release"));
-            }
-            (None, Some(path)) => path,
+        let (backend, backend_path) = match (body.mem_backend, body.mem_file_path) {
+            (Some(from), None) => (from.backend_type.into(), from.backend_path),
+            (None, Some(path)) => (config::MemoryBackend::File, path),
             _ => return Err(ConfigError::SnapshotMemory),
         };
         let devices = body.network_overrides.into_iter().map(|over| Ok((over.iface_id, over.host_dev_name.parse()?)));
         Self {
             snapshot_path: body.snapshot_path,
-            mem_file_path,
+            backend_path,
+            backend,
             resume_vm: body.resume_vm,
             track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
             network_overrides: devices.collect::<Result<_, ConfigError>>()?,
@@ -436,6 +434,15 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             working_set_path: body.working_set_path,
         }
         .checked()
+    }
+}
+
+impl From<types::MemoryBackendType> for config::MemoryBackend {
+    fn from(backend: types::MemoryBackendType) -> Self {
+        match backend {
+            types::MemoryBackendType::File => Self::File,
+            types::MemoryBackendType::Uffd => Self::Uffd,
+        }
     }
 }
 

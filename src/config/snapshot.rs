@@ -53,13 +53,25 @@ pub struct DriveOverride {
     pub overlay: Option<OverlayConfig>,
 }
 
+/// Where guest memory comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MemoryBackend {
+    /// The memory file is mapped.
+    #[default]
+    File,
+    /// A process serves page faults.
+    Uffd,
+}
+
 /// PUT /snapshot/load.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotLoad {
     /// The state file.
     pub snapshot_path: PathBuf,
-    /// The memory file.
-    pub mem_file_path: PathBuf,
+    /// The memory file, or the socket of the page fault handler.
+    pub backend_path: PathBuf,
+    /// Which of both.
+    pub backend: MemoryBackend,
     /// Run at once.
     pub resume_vm: bool,
     /// Keep a record of the pages the guest writes.
@@ -85,7 +97,7 @@ impl SnapshotLoad {
     /// A path is empty, or an id is none.
     pub fn checked(self) -> Result<Self, ConfigError> {
         check_path("snapshot_path", &self.snapshot_path)?;
-        check_path("mem_file_path", &self.mem_file_path)?;
+        check_path("backend_path", &self.backend_path)?;
         for (id, _) in &self.network_overrides {
             check_resource_id("iface_id", id)?;
         }

@@ -16,6 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
 use super::files::{self, Files, Host};
+use super::handler;
 use super::live::Live;
 use super::running::Machine;
 use super::shell::{Layout, Shell};
@@ -182,6 +183,7 @@ impl Vmm {
         match token {
             Token::Command => self.serve_commands(),
             Token::Signal => return Some(Ending::clean("stopped by a signal")),
+            Token::HandlerGone => return Some(Ending::failure(handler::GONE.into())),
             Token::Metrics => self.write_metrics(),
             _ => {}
         }
@@ -201,7 +203,7 @@ impl Vmm {
             }
             Token::OutputReady => machine.console.write_output(serial, events),
             Token::Input => machine.console.read_input(serial, events),
-            Token::Command | Token::Signal | Token::Metrics => {}
+            Token::Command | Token::Signal | Token::Metrics | Token::HandlerGone => {}
         }
         None
     }
@@ -331,6 +333,7 @@ impl Vmm {
             (machine.bus.i8042().reset_fd().as_raw_fd(), Token::Reset),
             (machine.bus.serial().wake_fd().as_raw_fd(), Token::Serial),
         ];
+        fds.extend(machine.handler_gone.iter().map(|event| (event.as_raw_fd(), Token::HandlerGone)));
         for (index, device) in (0..).zip(machine.bus.virtio()) {
             fds.extend(device.sources().into_iter().map(|source| (source.fd, Token::Device(index, source.tag))));
         }

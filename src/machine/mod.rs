@@ -6,6 +6,7 @@ mod console;
 mod devices;
 mod files;
 mod fill;
+mod handler;
 mod layers;
 pub mod lifecycle;
 mod live;

@@ -32,6 +32,8 @@ pub struct Machine {
     pub(super) ram: GuestRam,
     /// What populates the working set of the snapshot that it came from.
     pub(super) populating: Option<Populating>,
+    /// Signalled when the page fault handler that has its memory is gone.
+    pub(super) handler_gone: Option<Arc<EventFd>>,
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
     windows: Windows,
@@ -53,8 +55,22 @@ impl Machine {
             .collect::<Result<_, _>>()?;
         let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
         let handles = Vec::new();
-        let (populating, has_base) = (None, false);
-        Ok(Self { handles, vcpus, vcpu_event, bus, console, kvm, vm, ram, populating, has_base, windows, pagemap })
+        let (populating, handler_gone, has_base) = (None, None, false);
+        Ok(Self {
+            handles,
+            vcpus,
+            vcpu_event,
+            bus,
+            console,
+            kvm,
+            vm,
+            ram,
+            populating,
+            handler_gone,
+            has_base,
+            windows,
+            pagemap,
+        })
     }
 
     /// The page tables of this process.

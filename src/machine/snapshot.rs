@@ -24,12 +24,13 @@ use self::files::{Files, MemoryFile, check_targets, new_id, pages_of};
 use super::Error;
 use super::console::Console;
 use super::files::{Host, open_image};
+use super::handler;
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::Populating;
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
+use crate::config::{MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -199,7 +200,7 @@ impl Vmm {
                 prepared
             }
             None => {
-                let snapshot = Opened::open(&request.snapshot_path, Some(&request.mem_file_path)).map_err(refuse)?;
+                let snapshot = Opened::open(&request.snapshot_path, Some(request)).map_err(refuse)?;
                 let config = snapshot.state.overridden(request, snapshot.id).map_err(|error| refuse(error.into()))?;
                 self.configure_again(config)?;
                 let layout = Layout::from(&self.config);
@@ -207,7 +208,8 @@ impl Vmm {
             }
         };
         let (machine, origin) = self.wake(prepared, request).map_err(refuse)?;
-        self.install(machine, &[&request.snapshot_path, &request.mem_file_path])?;
+        let files = [&*request.snapshot_path, &*request.backend_path];
+        self.install(machine, if request.backend == MemoryBackend::File { &files } else { &files[..1] })?;
         self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
         self.resume_due = request.resume_vm;
@@ -235,6 +237,9 @@ impl Vmm {
 
     /// Whether a reset would be right.
     pub(super) fn check_reset(&self, request: &SnapshotReset) -> Result<(), Refusal> {
+        if self.machine.as_ref().is_some_and(|machine| machine.ram.is_served()) {
+            return Err(refuse(SnapshotError::Served.into()));
+        }
         if self.origin.is_none() || self.machine.as_ref().is_none_or(|machine| machine.ram.base().is_none()) {
             return Err(refuse(SnapshotError::NoOrigin.into()));
         }
@@ -289,8 +294,14 @@ impl Vmm {
 struct Opened {
     id: Id,
     state: State,
-    memory: File,
+    memory: Memory,
     files: [Identity; 2],
+}
+
+/// Where guest memory comes from.
+enum Memory {
+    File(File),
+    Handler(PathBuf),
 }
 
 /// Which file it is, whatever its name.
@@ -301,8 +312,8 @@ fn identity(file: &File) -> std::io::Result<Identity> {
 }
 
 impl Opened {
-    /// Opens and checks both; the memory file is where it was written, if it is not said where it is.
-    fn open(path: &Path, memory: Option<&Path>) -> Result<Self, Error> {
+    /// Opens and checks both; the memory file is where it was written, if no load says where it is.
+    fn open(path: &Path, load: Option<&SnapshotLoad>) -> Result<Self, Error> {
         let fail = |source| SnapshotError::File { what: "read", path: path.to_owned(), source };
         let (file, id, state) = open_state(path)?;
         if state.cpu[..3] != host_cpu()[..3] {
@@ -313,12 +324,16 @@ impl Opened {
                 "The snapshot is from a host with another model of CPU; its guest may find instructions missing."
             );
         }
-        let path = memory.unwrap_or(&state.mem_file_path);
+        let path = load.map_or(&state.mem_file_path, |load| &load.backend_path);
+        let identified = identity(&file).map_err(fail)?;
+        if load.is_some_and(|load| load.backend == MemoryBackend::Uffd) {
+            return Ok(Self { id, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
+        }
         let memory = open_image("mem_file_path", path)?;
         memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(id))
             .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
-        let files = [identity(&file).map_err(fail)?, identity(&memory).map_err(fail)?];
-        Ok(Self { id, state, memory, files })
+        let files = [identified, identity(&memory).map_err(fail)?];
+        Ok(Self { id, state, memory: Memory::File(memory), files })
     }
 }
 
@@ -338,10 +353,14 @@ impl Prepared {
     fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>, host: &Host) -> Result<Self, Error> {
         let Opened { id, state, memory, files } = snapshot;
         let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, host.kvm.as_ref())?;
-        shell.ram.load(memory)?;
+        let handler_gone = match memory {
+            Memory::File(file) => shell.ram.load(file).map(|()| None)?,
+            Memory::Handler(path) => Some(handler::attach(&path, &mut shell.ram, host.sandbox.clone())?),
+        };
         state.apply(&shell.vcpu_fds)?;
         let kicks = std::mem::take(&mut shell.kicks);
         let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
+        machine.handler_gone = handler_gone;
         let pagemap = machine.pagemap()?;
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
         let pristine = Pristine::map(&machine.ram).map_err(fail)?;
@@ -351,7 +370,10 @@ impl Prepared {
 
     /// Whether a load asks for what was prepared.
     fn check(&self, request: &SnapshotLoad) -> Result<(), SnapshotError> {
-        for (path, expected) in [&request.snapshot_path, &request.mem_file_path].into_iter().zip(self.files) {
+        if request.backend != MemoryBackend::File {
+            return Err(SnapshotError::PreparedOtherwise);
+        }
+        for (path, expected) in [&request.snapshot_path, &request.backend_path].into_iter().zip(self.files) {
             let fail = |source| SnapshotError::File { what: "look at", path: path.clone(), source };
             let metadata = fs::metadata(path).map_err(fail)?;
             if (metadata.dev(), metadata.ino()) != expected {

@@ -24,7 +24,7 @@ pub enum ThreadKind {
     Vmm,
     /// Runs guest code.
     Vcpu,
-    /// Populates guest memory.
+    /// Populates guest memory, or waits for the end of who serves it.
     Memory,
 }
 

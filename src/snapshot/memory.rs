@@ -9,6 +9,7 @@ use std::arch::x86_64::{
 };
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -98,6 +99,8 @@ impl Copy {
         let always = match (base, &pages) {
             (Some(data), Pages::All) => data,
             (Some(_), _) => Vec::new(),
+            // Nobody knows what is not there.
+            (None, Pages::All) if ram.is_served() => iter::once(0..ram.size()).collect(),
             // Images are mapped: what the guest did not touch of them is not zero either.
             (None, _) => ram.mapped(),
         };

@@ -9,6 +9,7 @@ pub mod draft;
 pub mod format;
 pub mod memory;
 pub mod pagemap;
+pub mod uffd;
 pub mod working_set;
 
 /// What a state file and its memory file have in common: random, new for every snapshot.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::snapshot::{format, memory, working_set};
+use crate::snapshot::{format, memory, uffd, working_set};
 
 /// Why a snapshot cannot be made or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,21 @@ pub enum SnapshotError {
         #[source]
         source: working_set::Error,
     },
+    /// Nobody serves guest memory.
+    #[error("the page fault handler at {path:?} cannot be used")]
+    Handler {
+        /// Its socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: uffd::Error,
+    },
+    /// A page that was given up would come back as whatever the handler thinks.
+    #[error(
+        "guest memory comes from a page fault handler, which is not asked twice for a page: load the snapshot into \
+         another process"
+    )]
+    Served,
     /// A file cannot be read or written.
     #[error("cannot {what} {path:?}")]
     File {
@@ -80,7 +95,9 @@ pub enum SnapshotError {
     #[error("this process was prepared for another snapshot than that of {0:?}")]
     PreparedOther(PathBuf),
     /// Prepared for the same, but not so.
-    #[error("track_dirty_pages and huge_pages cannot be changed in a process that was prepared with --prepare")]
+    #[error(
+        "track_dirty_pages, huge_pages and backend_type cannot be changed in a process that was prepared with --prepare"
+    )]
     PreparedOtherwise,
     /// It was booted.
     #[error("this microVM was not loaded from a snapshot that it could go back to")]

@@ -1,0 +1,52 @@
+//! A thread that waits for the end of who serves guest memory: without that, whoever touches a page that is not there
+//! waits for ever, the vmm thread too.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::snapshot::SnapshotError;
+use super::{Error, chain};
+use crate::memory::GuestRam;
+use crate::sandbox::Sandbox;
+use crate::sandbox::seccomp::ThreadKind;
+use crate::snapshot::uffd::{self, Handler};
+
+/// Why the process ends without its handler.
+pub const GONE: &str = "the page fault handler is gone, and with it the guest memory that was not loaded yet";
+/// What the vmm thread has to end in good order, unless it waits for such memory itself.
+const GRACE: Duration = Duration::from_secs(2);
+/// The thread makes system calls, and writes a line to the log.
+const STACK_SIZE: usize = 64 << 10;
+
+/// Has the handler at `path` serve `ram`; what is returned is signalled when it is gone.
+pub fn attach(path: &Path, ram: &mut GuestRam, sandbox: Sandbox) -> Result<Arc<EventFd>, Error> {
+    let fail = |source| SnapshotError::Handler { path: path.to_owned(), source };
+    let handler = Handler::connect(path, ram).map_err(fail)?;
+    ram.set_served();
+    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+    let gone = Arc::new(event.map_err(|source| Error::Event("create an eventfd", source))?);
+    let signal = Arc::clone(&gone);
+    let watch = move || {
+        if let Err(error) = sandbox.confine_thread(ThreadKind::Memory) {
+            ::log::error!("The page fault handler cannot be watched: {}.", chain(&error));
+            end();
+        }
+        handler.wait();
+        ::log::error!("The microVM has to end: {GONE}.");
+        let _ = signal.write(1);
+        uffd::sleep(GRACE);
+        end();
+    };
+    let thread = std::thread::Builder::new().name("memory".into()).stack_size(STACK_SIZE).spawn(watch);
+    thread.map_err(|source| Error::Event("start the thread for the page fault handler", source))?;
+    Ok(gone)
+}
+
+/// Ends the process, whatever its threads wait for.
+fn end() -> ! {
+    // SAFETY: the call does not return.
+    unsafe { libc::_exit(1) }
+}
