@@ -329,12 +329,20 @@ impl Opened {
         if load.is_some_and(|load| load.backend == MemoryBackend::Uffd) {
             return Ok(Self { id, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
         }
-        let memory = open_image("mem_file_path", path)?;
-        memory::check(&memory, state.config.machine.mem_size_mib.saturating_mul(MIB), Some(id))
-            .map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
+        let size = state.config.machine.mem_size_mib.saturating_mul(MIB);
+        let memory = open_memory(path, size, id).or_else(|error| {
+            // One that was to take its place was not completed.
+            open_memory(&memory::previous(path), size, id).map_err(|_| error)
+        })?;
         let files = [identified, identity(&memory).map_err(fail)?];
         Ok(Self { id, state, memory: Memory::File(memory), files })
     }
+}
+
+fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {
+    let file = open_image("mem_file_path", path)?;
+    memory::check(&file, size, Some(id)).map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
+    Ok(file)
 }
 
 /// A machine of a snapshot, complete but for its devices, with its clocks not yet running.

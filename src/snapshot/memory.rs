@@ -13,6 +13,7 @@ use std::iter;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 use super::Id;
@@ -342,6 +343,13 @@ fn seek(file: &File, offset: u64, whence: i32) -> io::Result<Option<u64>> {
             error => Err(error),
         },
     }
+}
+
+/// Where the memory file of a snapshot is while another takes its place, and stays if that is not completed.
+pub fn previous(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".previous");
+    name.into()
 }
 
 /// Marks `file` as the memory, of `size` bytes, of snapshot `id`.

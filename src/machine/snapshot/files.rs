@@ -52,9 +52,13 @@ impl Files {
     pub fn publish(self, memory: MemoryFile) -> Result<(), Error> {
         let Self { path, state, layers } = self;
         state.sync().map_err(|source| file_error("write", &path, source))?;
-        memory.publish()?;
+        let previous = memory::previous(&memory.path);
+        memory.publish(&path)?;
         layers::publish(layers)?;
-        state.publish().map_err(|source| file_error("create", &path, source))
+        state.publish().map_err(|source| file_error("create", &path, source))?;
+        // There is none if nothing was replaced.
+        let _ = fs::remove_file(previous);
+        Ok(())
     }
 }
 
@@ -102,16 +106,30 @@ impl MemoryFile {
         SnapshotError::Memory { path: self.path.clone(), source }
     }
 
-    fn publish(self) -> Result<(), Error> {
-        let fail = |what| move |source: std::io::Error| (what, source);
-        let done = match self.place {
-            Place::Base(file) => file.sync_all().map_err(fail("write")),
-            Place::Draft(draft) => {
-                draft.sync().map_err(fail("write")).and_then(|()| draft.publish().map_err(fail("create")))
-            }
+    /// Has it on disk and in place. What is there and goes with the state file at `state` stays aside until that is
+    /// replaced, too: there is always a snapshot.
+    fn publish(self, state: &Path) -> Result<(), Error> {
+        let Self { path, place } = self;
+        let path = path.as_path();
+        let fail = |what| move |source| file_error(what, path, source);
+        let draft = match place {
+            Place::Base(file) => return file.sync_all().map_err(fail("write")),
+            Place::Draft(draft) => draft,
         };
-        done.map_err(|(what, source)| file_error(what, &self.path, source))
+        draft.sync().map_err(fail("write"))?;
+        if go_together(state, path) {
+            fs::rename(path, memory::previous(path)).map_err(fail("put aside"))?;
+        }
+        draft.publish().map_err(fail("create"))
     }
+}
+
+/// Whether both are there, and one snapshot's.
+fn go_together(state: &Path, memory: &Path) -> bool {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(memory);
+    let Some((_, theirs)) = file.ok().and_then(|file| memory::identify(&file).ok()) else { return false };
+    let content = format::read(state).ok();
+    content.and_then(|(_, content)| format::check(&content).ok()).is_some_and(|header| header.id == theirs)
 }
 
 /// A snapshot's file cannot be written; maybe because its directory was given up.

@@ -208,9 +208,13 @@ fn verify(state_path: &Path, memory_path: &Path) -> Result<u64, Box<dyn Error>> 
     if expected != found {
         return Err(format!("{}: {expected} devices are configured, {found} have a state", shown(state_path)).into());
     }
-    let file = File::open(memory_path).map_err(about(memory_path))?;
     let size = state.config().machine.mem_size_mib << 20;
-    memory::check(&file, size, Some(id)).map_err(about(memory_path))?;
+    let open = |path: &Path| {
+        let file = File::open(path).map_err(about(path))?;
+        memory::check(&file, size, Some(id)).map_err(about(path)).map(|()| file)
+    };
+    // Where a snapshot puts the one before until it is complete.
+    let file = open(memory_path).or_else(|error| open(&memory::previous(memory_path)).map_err(|_| error))?;
     for_each_piece(&file, size, |_, _| Ok(())).map_err(about(memory_path))
 }
 

@@ -1,0 +1,179 @@
+//! Snapshots that are forged, and snapshots that are not completed.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use common::snapshot::{Snapshot, told};
+use common::tap::host;
+use common::{Guest, MicroVm};
+use serde_json::json;
+use vesicle::machine::read_state;
+use vesicle::snapshot::memory;
+
+/// The same numbers in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        // Xorshift.
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
+}
+
+/// A state file some of whose body was changed by somebody who knows about the checksum.
+fn forge(state: &[u8], random: &mut Random) -> Vec<u8> {
+    const HEADER: usize = 44;
+    let mut forged = state.to_vec();
+    for _ in 0..=random.below(4) {
+        let at = HEADER + random.below(forged.len() - HEADER);
+        match random.below(4) {
+            0 => forged[at] ^= 1 << random.below(8),
+            1 => forged[at] = 0xff,
+            2 => forged.truncate(at + 1),
+            _ => forged.insert(at, random.below(256) as u8),
+        }
+    }
+    let length = (forged.len() - HEADER) as u64;
+    forged[32..40].copy_from_slice(&length.to_le_bytes());
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&forged[..40]);
+    hasher.update(&forged[HEADER..]);
+    forged[40..44].copy_from_slice(&hasher.finalize().to_le_bytes());
+    forged
+}
+
+fn times(name: &str, default: u32) -> u32 {
+    std::env::var(name).map_or(default, |times| times.parse().unwrap())
+}
+
+/// `VESICLE_FORGERIES` says how many are loaded; a hundred times as many are only read.
+#[test]
+fn a_forged_state_file_is_refused_or_loaded_but_ends_nothing_in_a_panic() {
+    let mut vm = Guest::tuned().vcpus(2).argument("--allow-path=/").boot();
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let state = fs::read(&snapshot.state).unwrap();
+    let mut random = Random(0x5eed);
+    let (mut read, forgeries) = (0, times("VESICLE_FORGERIES", 30));
+    for _ in 0..100 * forgeries {
+        fs::write(&snapshot.state, forge(&state, &mut random)).unwrap();
+        read += u32::from(read_state(&snapshot.state).is_ok());
+    }
+    assert!(read > 0 && read < 100 * forgeries, "{read} of {} were read", 100 * forgeries);
+    let mut load = snapshot.load();
+    load["resume_vm"] = json!(false);
+    for number in 0..forgeries {
+        fs::write(&snapshot.state, forge(&state, &mut random)).unwrap();
+        let mut vm = Guest::tuned().no_job().launch();
+        let reply = vm.api().put("/snapshot/load", &load).unwrap();
+        assert!(reply.status == 204 || reply.status == 400 && !reply.fault().is_empty(), "{number}: {reply:?}");
+        vm.terminate();
+        let expected = if reply.status == 204 { 0 } else { 1 };
+        assert_eq!(vm.wait_exit().code(), Some(expected), "{number}: {}", vm.log());
+        assert!(!vm.log().contains("panicked"), "{number}: {}", vm.log());
+    }
+}
+
+/// A microVM that runs from a copy of `snapshot`, over which it may be saved.
+fn from_copy(vm: MicroVm, snapshot: &Snapshot, copy: &Snapshot) -> MicroVm {
+    told(&["verify"], &[&snapshot.state, &snapshot.memory]);
+    let memory = [memory::previous(&snapshot.memory), snapshot.memory.clone()].into_iter();
+    let id = read_state(&snapshot.state).unwrap().0;
+    let its =
+        |path: &Path| fs::File::open(path).is_ok_and(|file| memory::identify(&file).is_ok_and(|(_, own)| own == id));
+    fs::copy(&snapshot.state, &copy.state).unwrap();
+    fs::copy(memory.into_iter().find(|path| its(path)).unwrap(), &copy.memory).unwrap();
+    let vm = vm.successor_with(&["--allow-path=/"]);
+    vm.put("/snapshot/load", &copy.load());
+    vm
+}
+
+#[test]
+fn a_vmm_that_is_killed_while_it_saves_leaves_the_snapshot_before() {
+    let mut vm = Guest::tuned().argument("--allow-path=/").boot();
+    vm.ok("echo 0 >/run/saved");
+    let (snapshot, copy) = (Snapshot::of(&vm), Snapshot::new());
+    vm.kill();
+    let (mut saved, kills) = (0, times("VESICLE_KILLS", 8));
+    for kill in 0..kills {
+        vm = from_copy(vm, &snapshot, &copy);
+        let found: u32 = vm.ok("cat /run/saved").parse().unwrap();
+        assert!([saved, kill].contains(&found), "{found} is neither {saved} nor {kill}");
+        saved = found;
+        vm.ok(&format!("echo {} >/run/saved; head -c 5000000 /dev/urandom >/run/data", kill + 1));
+        vm.pause();
+        let (api, body) = (vm.api().clone(), snapshot.create("Full"));
+        let asked = std::thread::spawn(move || api.put("/snapshot/create", &body));
+        // Sooner or later; whenever it comes, there is one or the other.
+        std::thread::sleep(Duration::from_millis(u64::from(kill) * 1500 / u64::from(kills)));
+        vm.kill();
+        let _ = asked.join().unwrap();
+    }
+    told(&["verify"], &[&snapshot.state, &snapshot.memory]);
+
+    // Between the two steps that put it in place.
+    fs::copy(&snapshot.state, &copy.state).unwrap();
+    fs::rename(&snapshot.memory, memory::previous(&snapshot.memory)).unwrap();
+    for next in [None, Some(b"of the next".as_slice())] {
+        if let Some(content) = next {
+            fs::write(&snapshot.memory, content).unwrap();
+        }
+        told(&["verify"], &[&snapshot.state, &snapshot.memory]);
+        vm = vm.successor();
+        vm.put("/snapshot/load", &snapshot.load());
+        vm.ok("cat /run/saved");
+        vm.kill();
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_snapshot_before_and_the_guest_goes_on() {
+    let mut vm = Guest::tuned().argument("--allow-path=/").boot();
+    vm.ok("echo first >/run/note");
+    let small = tempfile::tempdir().unwrap();
+    let mount = |options: &str| host(&format!("mount -t tmpfs -o {options} none {}", small.path().display()));
+    mount("size=100m");
+    let snapshot =
+        Snapshot { state: small.path().join("state"), memory: small.path().join("memory"), ..Snapshot::new() };
+    vm.pause();
+    vm.put("/snapshot/create", &snapshot.create("Full"));
+    vm.resume();
+    let used = host(&format!("du -sk {} | cut -f1", small.path().display()));
+    // Room for half of another one.
+    mount(&format!("remount,size={}k", used.trim().parse::<u64>().unwrap() * 3 / 2));
+    vm.ok("echo second >/run/note");
+    vm.pause();
+    for kind in ["Full", "Diff"] {
+        // A Diff with a name of its own is as large, since nothing is known of what was written.
+        let mut body = snapshot.create(kind);
+        if kind == "Diff" {
+            body["mem_file_path"] = json!(small.path().join("diff"));
+        }
+        let refusal = vm.refused_put("/snapshot/create", &body);
+        assert!(refusal.contains("No space left"), "{refusal}");
+    }
+    let mut left: Vec<_> = fs::read_dir(small.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["memory", "state"]);
+    vm.resume();
+    assert_eq!(vm.ok("cat /run/note"), "second");
+    told(&["verify"], &[&snapshot.state, &snapshot.memory]);
+    // With room again it takes the other's place.
+    mount("remount,size=200m");
+    vm.pause();
+    vm.put("/snapshot/create", &snapshot.create("Full"));
+    vm.kill();
+    assert_eq!(fs::read_dir(small.path()).unwrap().count(), 2);
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &snapshot.load());
+    assert_eq!(vm.ok("cat /run/note"), "second");
+    vm.shut_down();
+    host(&format!("umount {}", small.path().display()));
+}
