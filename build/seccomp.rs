@@ -43,6 +43,9 @@ const KILL_PROCESS: u32 = 0x8000_0000;
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
 const X86_64: u32 = 0xc000_003e;
 
+/// About how many system calls there are, of which the last are newer than any that is allowed.
+const NUMBERS: u32 = 470;
+
 /// The lower half of argument `index`, masked, must be `value`.
 struct Condition {
     index: u32,
@@ -92,20 +95,24 @@ impl Program {
         self.labels[label] = self.statements.len();
     }
 
-    /// Decides about a number: `ranges` begin where they say and end where the next one begins.
-    fn bisect(&mut self, ranges: &[(u32, Target)]) {
-        let (left, right) = ranges.split_at(ranges.len() / 2);
+    /// Decides about a number: `ranges` begin where they say and end where the next one begins, the last one at `end`.
+    /// The kernel tries every number, so both sides of a comparison have about as many of them.
+    fn bisect(&mut self, ranges: &[(u32, Target)], end: u32) {
+        let middle = (ranges[0].0 + end) / 2;
+        let off = |index: &usize| ranges[*index].0.abs_diff(middle);
+        let split = (1..ranges.len()).min_by_key(off).unwrap_or(1);
+        let (left, right) = ranges.split_at(split);
         let at = self.statements.len();
         self.push(JUMP_GREATER_OR_EQUAL, right[0].0, right[0].1, left[0].1);
         if left.len() > 1 {
             self.statements[at].no = Target::Next;
-            self.bisect(left);
+            self.bisect(left, right[0].0);
         }
         if right.len() > 1 {
             let label = self.label();
             self.place(label);
             self.statements[at].yes = Target::Label(label);
-            self.bisect(right);
+            self.bisect(right, end);
         }
     }
 
@@ -190,7 +197,7 @@ pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
         }
         ranges.push((number + 1, Target::Trap));
     }
-    program.bisect(&ranges);
+    program.bisect(&ranges, NUMBERS);
     for (label, rules) in examined {
         program.place(label);
         program.examine(rules);

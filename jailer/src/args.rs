@@ -36,7 +36,7 @@ status 0 as soon as the VMM runs. Exit status: 1 if the jail cannot be made, 153
 ";
 
 /// What is asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Arguments {
     /// `[A-Za-z0-9-]`, 1 to 64 characters.
     pub id: String,
@@ -96,26 +96,7 @@ fn bad(flag: &str, value: impl Display, expected: &str) -> String {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>, user: u32, group: u32) -> Result<Request, String> {
     let mut parser = Parser::from_args(arguments);
     let (mut id, mut exec_file, mut uid, mut gid) = (None, None, None, None);
-    let mut parsed = Arguments {
-        id: String::new(),
-        exec_file: PathBuf::new(),
-        exec_name: String::new(),
-        uid: user,
-        gid: group,
-        base: "/srv/jailer".into(),
-        netns: None,
-        new_pid_ns: false,
-        daemonize: false,
-        cgroups: Vec::new(),
-        parent_cgroup: None,
-        fsize: None,
-        no_file: 2048,
-        pass_fds: Vec::new(),
-        kvm_fd: None,
-        mount_ns: true,
-        rootless: false,
-        rest: Vec::new(),
-    };
+    let mut parsed = Arguments { base: "/srv/jailer".into(), no_file: 2048, mount_ns: true, ..Arguments::default() };
     // What follows `--` is the VMM's; lexopt would parse on.
     loop {
         if let Some(rest) = parser.try_raw_args()
@@ -151,11 +132,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>, user: u32, group: u3
     parsed.exec_file = exec_file.ok_or("--exec-file is missing")?;
     let name = parsed.exec_file.file_name().and_then(|name| name.to_str());
     parsed.exec_name = name.ok_or_else(|| bad("exec-file", parsed.exec_file.display(), "names no file"))?.to_owned();
-    if !parsed.rootless {
-        parsed.uid = uid.ok_or("--uid is missing")?;
-        parsed.gid = gid.ok_or("--gid is missing")?;
-    }
-    (parsed.uid, parsed.gid) = (uid.unwrap_or(parsed.uid), gid.unwrap_or(parsed.gid));
+    // Without root one stays who one is.
+    let rootless = parsed.rootless;
+    parsed.uid = uid.or(rootless.then_some(user)).ok_or("--uid is missing")?;
+    parsed.gid = gid.or(rootless.then_some(group)).ok_or("--gid is missing")?;
     Ok(Request::Jail(Box::new(parsed)))
 }
 
@@ -233,74 +213,5 @@ impl Arguments {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn jail(line: &str) -> Arguments {
-        match parse(line.split_whitespace().map(OsString::from), 1000, 1001).unwrap() {
-            Request::Jail(arguments) => *arguments,
-            Request::Print(text) => panic!("{text}"),
-        }
-    }
-
-    fn refusal(line: &str) -> String {
-        parse(line.split_whitespace().map(OsString::from), 0, 0).unwrap_err()
-    }
-
-    #[test]
-    fn the_usual_command_line_is_understood() {
-        let all = jail(
-            "--id vm-1 --exec-file /usr/bin/vesicle --uid 123 --gid=100 --chroot-base-dir /j --netns /run/netns/a \
-             --new-pid-ns --daemonize --cgroup cpu.weight=10 --cgroup memory.max=1=2 --parent-cgroup a/b \
-             --cgroup-version 2 --resource-limit fsize=5 --resource-limit no-file=64 --pass-fd 5 --pass-fd 6 \
-             --kvm-fd 7 --no-mount-ns -- --api-sock fd:5 --id x",
-        );
-        assert_eq!((all.id.as_str(), all.exec_name.as_str(), all.uid, all.gid), ("vm-1", "vesicle", 123, 100));
-        assert_eq!(all.base, Path::new("/j"));
-        assert!(all.new_pid_ns && all.daemonize && !all.mount_ns && !all.rootless);
-        let cgroups = [("cpu.weight", "10"), ("memory.max", "1=2")];
-        assert_eq!(all.cgroups, cgroups.map(|(file, value)| (file.to_owned(), value.to_owned())));
-        assert_eq!((all.fsize, all.no_file), (Some(5), 64));
-        assert_eq!(all.rest, ["--api-sock", "fd:5", "--id", "x"]);
-        // The socket is not told twice.
-        assert_eq!(all.descriptor_flags(), ["--pass-fd=6", "--kvm-fd=7"]);
-        assert_eq!(all.descriptors(), [5, 6, 7, 5]);
-        assert_eq!(jail("--id a --exec-file v --uid 1 --gid 1 -- --api-sock=fd:9").descriptors(), [9]);
-        assert_eq!(jail("--id a --exec-file v --uid 1 --gid 1 -- --api-sock /a").descriptors(), []);
-    }
-
-    #[test]
-    fn without_root_one_stays_who_one_is() {
-        let own = jail("--rootless --id a --exec-file v");
-        assert_eq!((own.uid, own.gid, own.rootless), (1000, 1001, true));
-        assert_eq!(jail("--rootless --id a --exec-file v --uid 0").uid, 0);
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        for (line, expected) in [
-            ("", "--id is missing"),
-            ("--id a", "--exec-file is missing"),
-            ("--id a --exec-file v --gid 1", "--uid is missing"),
-            ("--id a --exec-file v --uid 1", "--gid is missing"),
-            ("--id a/b --exec-file v --uid 1 --gid 1", "--id a/b: must be 1 to 64 letters, digits and hyphens"),
-            ("--id a --exec-file .. --uid 1 --gid 1", "--exec-file ..: names no file"),
-            ("--uid x", "--uid x: must be a number"),
-            ("--pass-fd 2", "--pass-fd 2: must be the number of a descriptor above 2"),
-            ("--cgroup cpu", "--cgroup cpu: must be FILE=VALUE"),
-            ("--cgroup ../x.y=1", "--cgroup ../x.y=1: must be a file such as cpu.weight, =, and one line"),
-            ("--parent-cgroup ../x", "--parent-cgroup ../x: must be a relative path without .."),
-            ("--parent-cgroup /x", "--parent-cgroup /x: must be a relative path without .."),
-            (
-                "--cgroup-version 1",
-                "--cgroup-version 1: only 2 is supported: version 1 cannot confine a process as a whole",
-            ),
-            ("--resource-limit nproc=1", "--resource-limit nproc=1: must be fsize=BYTES or no-file=NUMBER"),
-            ("--nope 1", "unknown flag --nope; --help lists them"),
-        ] {
-            assert_eq!(refusal(line), expected);
-        }
-        assert!(refusal("stray").contains("stray"));
-        assert!(refusal("--id").contains("--id"));
-    }
-}
+#[path = "args_tests.rs"]
+mod tests;

@@ -5,30 +5,33 @@
 //! only if it is what would have been made.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Write;
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fchown, fstat, makedev, mkdirat,
-    mknodat, openat2, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fchmod, fchown, fstat, major, makedev,
+    minor, mkdirat, mknodat, openat, openat2, stat, unlinkat,
 };
 use rustix::io::Errno;
 
 use crate::args::Arguments;
 use crate::error::{Error, Failed};
 
-/// Directories of a jail, which belong to its user.
-const DIRECTORIES: [&str; 3] = ["dev", "dev/net", "run"];
 /// Where miscellaneous character devices are (linux/major.h), and those with numbers of their own.
 const MISC: u32 = 10;
 const KVM: (u32, u32) = (MISC, 232);
 const TUN: (u32, u32) = (MISC, 200);
 const URANDOM: (u32, u32) = (1, 9);
+/// Its number differs from boot to boot.
+const USERFAULTFD: &str = "/dev/userfaultfd";
+
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// The root of a jail.
 #[derive(Debug)]
 pub struct Directory {
     root: OwnedFd,
+    /// The VMM's user and group.
     owner: (Uid, Gid),
 }
 
@@ -39,75 +42,86 @@ impl Directory {
     /// Something else lies in its place, or the system refuses something.
     pub fn create(arguments: &Arguments) -> Result<Self, Error> {
         let base = &arguments.base;
-        fs::create_dir_all(base).failed(|| format!("make {}", base.display()))?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let mut directory =
-            rustix::fs::openat(CWD, base, flags, Mode::empty()).failed(|| format!("open {}", base.display()))?;
-        for name in [arguments.exec_name.as_str(), &arguments.id] {
-            directory = subdirectory(&directory, name, Mode::from(0o755), flags)?;
+        let mut opened = openat(CWD, base, DIRECTORY, Mode::empty());
+        if opened.as_ref().is_err_and(|error| *error == Errno::NOENT) {
+            fs::create_dir_all(base).failed(|| format!("make {}", base.display()))?;
+            opened = openat(CWD, base, DIRECTORY, Mode::empty());
         }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = subdirectory(&directory, "root", Mode::RWXU, flags)?;
-        let owner = (Uid::from_raw(arguments.uid), Gid::from_raw(arguments.gid));
-        Ok(Self { root, owner })
+        let mut root = opened.failed(|| format!("open {}", base.display()))?;
+        for (name, mode) in [(&*arguments.exec_name, 0o755), (&arguments.id, 0o755), ("root", 0o700)] {
+            root = subdirectory(&root, name, mode)?;
+        }
+        let directory = Self { root, owner: (Uid::from_raw(arguments.uid), Gid::from_raw(arguments.gid)) };
+        directory.hand_over(&directory.root, "the jail's root")?;
+        Ok(directory)
     }
 
-    /// Gives it to the VMM's user, with the directories that the VMM expects.
+    /// Makes the directories that a VMM expects, and the device nodes that it opens: `/dev/kvm` only if `kvm` says so,
+    /// and none at all in a jail that was made without root.
     ///
     /// # Errors
-    /// Something else lies in their place.
-    pub fn furnish(&self) -> Result<(), Error> {
-        self.hand_over(&self.root, "the jail's root")?;
-        for path in DIRECTORIES {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let made = subdirectory(&self.root, path, Mode::RWXU, flags)?;
-            self.hand_over(&made, path)?;
+    /// Something else lies in their place, or only root could make them.
+    pub fn furnish(&self, devices: bool, kvm: bool) -> Result<(), Error> {
+        let own = |parent: &OwnedFd, name: &str| {
+            let made = subdirectory(parent, name, 0o700)?;
+            self.hand_over(&made, name).map(|()| made)
+        };
+        own(&self.root, "run")?;
+        let dev = own(&self.root, "dev")?;
+        let net = own(&dev, "net")?;
+        if !devices {
+            return Ok(());
+        }
+        if kvm {
+            self.make_device(&dev, "kvm", KVM)?;
+        }
+        self.make_device(&net, "tun", TUN)?;
+        self.make_device(&dev, "urandom", URANDOM)?;
+        match stat(USERFAULTFD) {
+            Ok(host) => self.make_device(&dev, "userfaultfd", (major(host.st_rdev), minor(host.st_rdev))),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// What is right already, as in a jail that is used again, is left alone.
+    fn hand_over(&self, directory: &OwnedFd, name: &str) -> Result<(), Error> {
+        let found = fstat(directory).failed(|| format!("look at {name}"))?;
+        if !self.owns(&found) {
+            fchown(directory, Some(self.owner.0), Some(self.owner.1))
+                .failed(|| format!("give {name} to the VMM's user"))?;
+        }
+        if Mode::from_raw_mode(found.st_mode) != Mode::RWXU {
+            fchmod(directory, Mode::RWXU).failed(|| format!("restrict {name}"))?;
         }
         Ok(())
     }
 
-    fn hand_over(&self, directory: &OwnedFd, name: &str) -> Result<(), Error> {
-        fchown(directory, Some(self.owner.0), Some(self.owner.1))
-            .failed(|| format!("give {name} to the VMM's user"))?;
-        fchmod(directory, Mode::RWXU).failed(|| format!("restrict {name}"))
+    fn owns(&self, found: &Stat) -> bool {
+        (found.st_uid, found.st_gid) == (self.owner.0.as_raw(), self.owner.1.as_raw())
     }
 
-    /// Makes the device nodes that a VMM opens.
-    ///
-    /// # Errors
-    /// Something else lies in their place, or only root could make them.
-    pub fn make_devices(&self, kvm: bool) -> Result<(), Error> {
-        if kvm {
-            self.make_device("dev/kvm", KVM)?;
-        }
-        self.make_device("dev/net/tun", TUN)?;
-        self.make_device("dev/urandom", URANDOM)?;
-        match misc_minor("userfaultfd") {
-            Some(minor) => self.make_device("dev/userfaultfd", (MISC, minor)),
-            None => Ok(()),
-        }
-    }
-
-    fn make_device(&self, path: &str, (major, minor): (u32, u32)) -> Result<(), Error> {
+    fn make_device(&self, parent: &OwnedFd, name: &str, (major, minor): (u32, u32)) -> Result<(), Error> {
         let number = makedev(major, minor);
-        let (parent, name) = parent(&self.root, path)?;
         // Exclusive by nature: what exists stays as it is.
-        match mknodat(&parent, name, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, number) {
+        match mknodat(parent, name, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, number) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error).failed(|| format!("make the device {path}")),
+            Err(error) => return Err(error).failed(|| format!("make the device {name}")),
         }
-        let node = beneath(&parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-            .failed(|| format!("open {path}"))?;
-        let found = fstat(&node).failed(|| format!("look at {path}"))?;
+        let node = beneath(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .failed(|| format!("open the device {name}"))?;
+        let found = fstat(&node).failed(|| format!("look at the device {name}"))?;
         let device = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice && found.st_rdev == number;
         // A second name would give the VMM's user what somebody else uses.
         if !device || found.st_nlink != 1 {
             return Err(Error::Refused(format!(
-                "{path} in the jail exists and is not the device {major}:{minor} with one name; remove it"
+                "dev/{name} in the jail exists and is not the device {major}:{minor} with one name; remove it"
             )));
         }
+        if self.owns(&found) {
+            return Ok(());
+        }
         chownat(&node, "", Some(self.owner.0), Some(self.owner.1), AtFlags::EMPTY_PATH)
-            .failed(|| format!("give {path} to the VMM's user"))
+            .failed(|| format!("give the device {name} to the VMM's user"))
     }
 
     /// Writes down which process lives here.
@@ -132,39 +146,25 @@ impl Directory {
     }
 }
 
-/// Opens `path`, which no symbolic link and no `..` leads out of `directory`.
-fn beneath(directory: impl AsFd, path: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
-    openat2(directory, path, flags, mode, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+/// Opens `name`, which no symbolic link and no `..` leads out of `directory`.
+fn beneath(directory: &OwnedFd, name: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    openat2(directory, name, flags, mode, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }
 
-/// The directory that `path` is in, and its name there.
-fn parent<'a>(directory: &OwnedFd, path: &'a str) -> Result<(OwnedFd, &'a str), Error> {
-    let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let opened = beneath(directory, parent, flags, Mode::empty()).failed(|| format!("open {parent} of the jail"))?;
-    Ok((opened, name))
-}
-
-/// Makes a directory if there is none, and opens it if it is one.
-fn subdirectory(directory: &OwnedFd, path: &str, mode: Mode, flags: OFlags) -> Result<OwnedFd, Error> {
-    let (parent, name) = parent(directory, path)?;
-    match mkdirat(&parent, name, mode) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(error).failed(|| format!("make the directory {path} of the jail")),
-    }
-    beneath(&parent, name, flags, Mode::empty()).map_err(|error| match error {
-        Errno::LOOP | Errno::NOTDIR => {
-            Error::Refused(format!("{path} in the jail's directory exists and is no directory; remove it"))
+/// Opens a directory, which is made if there is nothing in its place.
+fn subdirectory(parent: &OwnedFd, name: &str, mode: u32) -> Result<OwnedFd, Error> {
+    let open = || beneath(parent, name, DIRECTORY, Mode::empty());
+    let mut opened = open();
+    if opened.as_ref().is_err_and(|error| *error == Errno::NOENT) {
+        match mkdirat(parent, name, Mode::from(mode)) {
+            Ok(()) | Err(Errno::EXIST) => opened = open(),
+            Err(error) => return Err(error).failed(|| format!("make the directory {name} of the jail")),
         }
-        error => Error::System { what: format!("open the directory {path} of the jail"), source: error.into() },
-    })
-}
-
-/// The number of a miscellaneous device, if this kernel has it.
-fn misc_minor(name: &str) -> Option<u32> {
-    let list = io::read_to_string(File::open("/proc/misc").ok()?).ok()?;
-    list.lines().find_map(|line| {
-        let (minor, found) = line.trim().split_once(' ')?;
-        (found == name).then(|| minor.parse().ok())?
+    }
+    opened.map_err(|error| match error {
+        Errno::LOOP | Errno::NOTDIR => {
+            Error::Refused(format!("{name} in the jail's directory exists and is no directory; remove it"))
+        }
+        error => Error::System { what: format!("open the directory {name} of the jail"), source: error.into() },
     })
 }

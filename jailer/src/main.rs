@@ -5,46 +5,48 @@
 //! The steps are in [`run`], in the order that they depend on each other. Everything is done by descriptor: nothing that
 //! lies in the jail's directory leads out of it ([`directory`]).
 
+#![cfg_attr(not(test), no_main)]
+
 mod args;
 mod cgroup;
 mod directory;
 mod error;
 mod process;
 
-use std::ffi::OsString;
+use std::convert::Infallible;
+use std::ffi::{OsString, c_int};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::process::{getegid, geteuid};
-use rustix::time::{ClockId, clock_gettime};
 
 use args::{Arguments, Request};
 use directory::Directory;
 use error::{Error, Failed};
 
 /// Exit statuses.
-const FAILURE: u8 = 1;
-const BAD_ARGUMENTS: u8 = 153;
+const FAILURE: c_int = 1;
+const BAD_ARGUMENTS: c_int = 153;
 
-fn main() -> ExitCode {
+/// The C entry point: what Rust's own sets up before it (the bounds of the stack read from /proc, handlers for its
+/// overflow) would be a tenth of what a jail costs.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main() -> c_int {
     let started = Started::now();
-    match args::parse(std::env::args_os().skip(1), geteuid().as_raw(), getegid().as_raw()) {
+    let (error, status) = match args::parse(std::env::args_os().skip(1), geteuid().as_raw(), getegid().as_raw()) {
         Ok(Request::Print(text)) => {
             print!("{text}");
-            ExitCode::SUCCESS
+            return 0;
         }
         Ok(Request::Jail(arguments)) => {
             let Err(error) = run(*arguments, started);
-            eprintln!("vesicle-jailer: {error}");
-            ExitCode::from(FAILURE)
+            (error.to_string(), FAILURE)
         }
-        Err(what) => {
-            eprintln!("vesicle-jailer: {what}");
-            ExitCode::from(BAD_ARGUMENTS)
-        }
-    }
+        Err(what) => (what, BAD_ARGUMENTS),
+    };
+    eprintln!("vesicle-jailer: {error}");
+    status
 }
 
 /// Clocks at the start, for the VMM's figures.
@@ -59,7 +61,11 @@ struct Started {
 
 impl Started {
     fn now() -> Self {
-        Self { monotonic: clock(ClockId::Monotonic), cpu: clock(ClockId::ProcessCPUTime), before: Duration::ZERO }
+        Self {
+            monotonic: clock(libc::CLOCK_MONOTONIC),
+            cpu: clock(libc::CLOCK_PROCESS_CPUTIME_ID),
+            before: Duration::ZERO,
+        }
     }
 
     /// The same in a child, whose processor time begins anew.
@@ -68,14 +74,16 @@ impl Started {
     }
 }
 
-fn clock(id: ClockId) -> Duration {
-    let time = clock_gettime(id);
+fn clock(id: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: it writes one timespec. Both clocks exist on every Linux; one that did not would leave zero.
+    unsafe { libc::clock_gettime(id, &raw mut time) };
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// The steps. Does not return if the VMM runs.
-fn run(mut arguments: Arguments, started: Started) -> Result<std::convert::Infallible, Error> {
-    process::close_others(arguments.descriptors())?;
+fn run(mut arguments: Arguments, started: Started) -> Result<Infallible, Error> {
+    process::take_descriptors(arguments.descriptors())?;
     let program = process::open_program(&arguments.exec_file)?;
     // What is the host's comes first, while it can be reached.
     let null = arguments.daemonize.then(|| open("/dev/null", OFlags::CLOEXEC)).transpose()?;
@@ -92,18 +100,15 @@ fn run(mut arguments: Arguments, started: Started) -> Result<std::convert::Infal
         process::join_network(path)?;
     }
     let directory = Directory::create(&arguments)?;
-    directory.furnish()?;
-    if !arguments.rootless {
-        directory.make_devices(arguments.kvm_fd.is_none())?;
-    }
+    directory.furnish(!arguments.rootless, arguments.kvm_fd.is_none())?;
 
-    let before = clock(ClockId::ProcessCPUTime);
+    let before = clock(libc::CLOCK_PROCESS_CPUTIME_ID);
     let to_parent = process::fork(&arguments, |pid| directory.write_pid(&arguments.exec_name, pid))?;
     let started = if to_parent.is_some() { started.in_child(before) } else { started };
     let error = become_vmm(&arguments, &program, &directory, null.as_ref(), started);
     let Some(to_parent) = to_parent else { return Err(error) };
     process::report(&to_parent, Err(error));
-    std::process::exit(FAILURE.into());
+    std::process::exit(FAILURE);
 }
 
 /// The steps of the process that becomes the VMM. Returns only if something fails.

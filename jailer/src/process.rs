@@ -16,11 +16,20 @@ use rustix::thread::{CapabilitySet, CapabilitySets, CoreSchedulingScope, Gid, Li
 use crate::args::Arguments;
 use crate::error::{Error, Failed};
 
-/// Closes what was inherited besides the standard streams and `keep`.
+/// Closes what was inherited besides the standard streams and `keep`. A standard stream that is not open becomes
+/// `/dev/null`: its number must not come to mean something of ours.
 ///
 /// # Errors
 /// A descriptor to keep is not open, or the kernel is older than 5.9.
-pub fn close_others(mut keep: Vec<RawFd>) -> Result<(), Error> {
+pub fn take_descriptors(mut keep: Vec<RawFd>) -> Result<(), Error> {
+    for stream in 0..3 {
+        // SAFETY: F_GETFD only asks; what is opened gets the lowest free number, which is this one.
+        if unsafe {
+            libc::fcntl(stream, libc::F_GETFD) < 0 && libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) != stream
+        } {
+            return Err(Error::Refused(format!("standard stream {stream} is not open")));
+        }
+    }
     keep.sort_unstable();
     keep.dedup();
     let mut first = 3;
@@ -246,9 +255,11 @@ pub fn isolate_core() {
 /// # Errors
 /// This takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP, or a user namespace.
 pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
-    for capability in 0..64 {
-        // SAFETY: the call takes numbers only. It fails for those the kernel does not know.
-        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+    // SAFETY: the call takes numbers only. It ends with the first capability that the kernel does not know.
+    let unknown = (0..64).find(|capability| unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0);
+    let error = io::Error::last_os_error();
+    if unknown.is_some() && error.raw_os_error() != Some(libc::EINVAL) {
+        return Err(error).failed(|| "drop the capabilities that programs could gain");
     }
     // In a user namespace groups cannot be changed, and there are no others.
     if !arguments.rootless {
@@ -265,8 +276,8 @@ pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
     rustix::thread::set_no_new_privs(true).failed(|| "give up new privileges")
 }
 
-/// Leaves nothing of the file system but the jail, the execution of `program`, and reading what is below `own`. Without a mount namespace this is what
-/// keeps a process that got out of its root directory from finding anything.
+/// Leaves nothing of the file system but the jail, the execution of `program`, and reading what is below `own`. Without
+/// a mount namespace this is what keeps a process that got out of its root directory from finding anything.
 ///
 /// # Errors
 /// The kernel has no Landlock, which can be done without only where there is a mount namespace.
