@@ -79,6 +79,8 @@ struct Inner {
     wish: Wish,
     state: State,
     immediate_exit: ImmediateExit,
+    /// The vCPU when its thread has exited: to close it is the vmm thread's part, the thread's filter has no call for it.
+    retired: Option<VcpuFd>,
 }
 
 /// `immediate_exit` of the vCPU's `kvm_run` page.
@@ -87,7 +89,7 @@ struct ImmediateExit(*const AtomicU8);
 
 // SAFETY: the pointee is an atomic in a mapping shared with the kernel; it may be used from any
 // thread. It is used only under `Shared::inner` while the state is not `Exited`, and the thread
-// enters `Exited` under that lock before it drops the mapping.
+// enters `Exited` under that lock before it gives the mapping away.
 unsafe impl Send for ImmediateExit {}
 
 impl Shared {
@@ -107,7 +109,7 @@ pub struct Vcpu {
     shared: Arc<Shared>,
     /// `None` once it is joined.
     thread: Option<JoinHandle<()>>,
-    /// Open as long as the thread has not exited.
+    /// Open as long as this lives.
     fd: RawFd,
 }
 
@@ -135,7 +137,7 @@ impl Vcpu {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let shared = Arc::new(Shared {
-            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit }),
+            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit, retired: None }),
             changed: Condvar::new(),
             to_vmm,
         });
@@ -149,7 +151,10 @@ impl Vcpu {
                         Ok(()) => live(&shared, &mut fd, exits.as_ref()),
                         Err(why) => Some(Report::Failure(why)),
                     };
-                    shared.lock().state = State::Exited(report);
+                    let mut inner = shared.lock();
+                    inner.state = State::Exited(report);
+                    inner.retired = Some(fd);
+                    drop(inner);
                     shared.notify_vmm();
                 }
             })

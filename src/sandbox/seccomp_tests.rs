@@ -30,7 +30,7 @@ fn few_system_calls_are_allowed() {
     let all: BTreeSet<_> = filters.values().flat_map(|rules| system_calls(rules)).collect();
     assert!(all.len() <= 50, "{} system calls: {all:?}", all.len());
     let vcpu = system_calls(&filters["vcpu"]);
-    assert!(vcpu.len() <= 21, "{} system calls: {vcpu:?}", vcpu.len());
+    assert!(vcpu.len() <= 20, "{} system calls: {vcpu:?}", vcpu.len());
 }
 
 #[test]
