@@ -367,7 +367,7 @@ fn metrics_count_and_are_the_same_in_the_file() {
     let line: Value = serde_json::from_str(line.lines().last().unwrap()).unwrap();
     assert!(line["block"]["read_count"].as_u64().unwrap() >= 10, "{line}");
     assert_eq!(line["block_job"], line["block"], "each drive by itself, and all of them");
-    assert_eq!((&line["properties"]["tenant"], &line["id"]), (&json!("a"), &json!("anonymous-instance")), "{line}");
+    assert_eq!((&line["properties"]["tenant"], &line["id"]), (&json!("a"), &vm.get("/")["id"]), "{line}");
     vm.shut_down();
 }
 

@@ -9,19 +9,18 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::{Guest, MicroVm, PATIENCE};
+use common::{Guest, MicroVm, PATIENCE, Place};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 const BLOCK: usize = 4096;
 
 /// Images, and the directory they live in.
-struct Images(TempDir);
+struct Images(Place);
 
 impl Images {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(common::tempdir())
     }
 
     fn path(&self, name: &str) -> PathBuf {

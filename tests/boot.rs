@@ -7,9 +7,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use common::{Guest, MicroVm, PATIENCE, artefact};
+use common::{Guest, MicroVm, PATIENCE, Place, artefact};
 use serde_json::json;
-use tempfile::TempDir;
 use vesicle::memory::BOOT_TIMER;
 
 /// Boots to a shell that runs where it should, and ends cleanly.
@@ -54,8 +53,8 @@ fn the_tuned_kernel_boots_without_acpi() {
 }
 
 /// The tuned kernel with PVH as the only entry that is left, and where it lives.
-fn pvh_kernel() -> (TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
+fn pvh_kernel() -> (Place, PathBuf) {
+    let dir = common::tempdir();
     let kernel = dir.path().join("vmlinux");
     fs::copy(artefact("kernel-tuned"), &kernel).unwrap();
     // e_entry, the 64-bit entry point, is at offset 24 of an ELF header.

@@ -94,7 +94,7 @@ fn a_client_generated_from_the_contract_runs_saves_and_loads_a_guest() {
         "initramfs": boot_source["initrd_path"],
         "boot_args": boot_source["boot_args"],
         "job": vm.drives()[0]["path_on_host"],
-        "tap": tap.name,
+        "tap": vm.guest().interface_name("net0"),
         "mac": mac(tap.net)["guest_mac"],
         "vsock": vsock,
     });

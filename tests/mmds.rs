@@ -19,7 +19,8 @@ impl Tap {
     fn new() -> Self {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let name = format!("mmds{}", NEXT.fetch_add(1, Ordering::SeqCst));
-        let script = format!("ip tuntap add dev {name} mode tap vnet_hdr && ip link set {name} up");
+        let user = common::Mode::chosen().user();
+        let script = format!("ip tuntap add dev {name} mode tap vnet_hdr user {user} && ip link set {name} up");
         assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
         Self(name)
     }
@@ -157,10 +158,11 @@ fn a_mebibyte_of_metadata_and_a_hundred_requests_at_once_are_answered_and_the_ta
 
 #[test]
 fn metadata_has_a_limit_and_a_configuration_that_is_checked() {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let dir = common::tempdir();
+    let file = dir.path().join("metadata");
     fs::write(&file, r#"{"from": "file"}"#).unwrap();
     let limited = Guest::tuned().argument("--mmds-size-limit").argument("100");
-    let vm = limited.argument("--metadata").argument(file.path().to_str().unwrap()).launch();
+    let vm = limited.argument("--metadata").argument(file.to_str().unwrap()).launch();
     assert_eq!(vm.get("/mmds"), json!({"from": "file"}));
     let reply = vm.api().put("/mmds", &json!({"a": "x".repeat(100)})).unwrap();
     assert!(reply.status == 413 && reply.fault().contains("100 bytes"), "{}", reply.body);

@@ -6,15 +6,14 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Guest, MicroVm};
+use common::{Guest, MicroVm, Place};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
 /// An image, and the directory it lives in.
 struct Image {
-    dir: TempDir,
+    dir: Place,
     path: PathBuf,
     content: Vec<u8>,
 }
@@ -22,7 +21,7 @@ struct Image {
 impl Image {
     /// 8 MiB without two blocks alike.
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = common::tempdir();
         let path = dir.path().join("base");
         let content: Vec<u8> = (0..(8 * MIB / 8) as u64).flat_map(|i| ((i * i) ^ 0x5a5a).to_le_bytes()).collect();
         fs::write(&path, &content).unwrap();

@@ -129,7 +129,7 @@ fn watch(vm: &MicroVm, work: &Moved, seconds: u64) -> [u64; WORK.len()] {
 fn net_block_and_vsock_are_busy_together_and_none_of_them_stalls() {
     let seconds: u64 = std::env::var("VESICLE_SECONDS").map_or(8, |seconds| seconds.parse().unwrap());
     for (vcpus, engine) in [(1, "Sync"), (2, "Async")] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = common::tempdir();
         let image = dir.path().join("data");
         File::create_new(&image).unwrap().set_len(16 << 20).unwrap();
         let (tap, work) = (Tap::new(), Arc::new(Moved::default()));

@@ -1,14 +1,19 @@
 //! Guests in a jail: where their files are, so that a path means the same inside and outside.
+//!
+//! All jails of a kind are one, which all microVMs of a test binary live in, one after the other or at once: a clone finds
+//! its snapshot, and a successor the drives.
 
 use std::fs::{self, Permissions};
+use std::os::fd::RawFd;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use rustix::fs::Mode as Bits;
 use tempfile::TempDir;
+use vesiclectl::Vesicle;
 
 /// The jailer, which is built with these tests.
 pub static JAILER: LazyLock<PathBuf> =
@@ -49,39 +54,126 @@ impl Mode {
     }
 }
 
-/// A directory for a guest's files that lives as long as this. In a jail, the jail lies beside it.
+/// A jail. Its directory is gone when its last user is.
+#[derive(Debug)]
+struct Jail {
+    mode: Mode,
+    base: TempDir,
+    /// Its directory for files, by the path that it has outside and inside.
+    files: PathBuf,
+}
+
+/// The jails there are. Who holds this puts a process into one: each writes down there who it is, so it is one at a time.
+static JAILS: Mutex<Vec<Weak<Jail>>> = Mutex::new(Vec::new());
+
+impl Jail {
+    /// The one of this kind.
+    fn of(mode: Mode) -> Arc<Self> {
+        let mut jails = JAILS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(jail) = jails.iter().filter_map(Weak::upgrade).find(|jail| jail.mode == mode) {
+            return jail;
+        }
+        // What a test makes, the VMM's user may use: sockets, images, files that come later.
+        rustix::process::umask(Bits::empty());
+        let base = tempfile::tempdir().unwrap();
+        fs::set_permissions(base.path(), Permissions::from_mode(0o755)).unwrap();
+        let jail = Self { mode, files: base.path().join("files"), base };
+        let inside = jail.inside(&jail.files);
+        fs::create_dir_all(&inside).unwrap();
+        symlink(&inside, &jail.files).unwrap();
+        for directory in inside.ancestors().take_while(|directory| *directory != jail.base.path()) {
+            jail.give(directory);
+        }
+        jail.give(jail.base.path());
+        let jail = Arc::new(jail);
+        jails.push(Arc::downgrade(&jail));
+        jail
+    }
+
+    /// Where a path of the jail is on the host.
+    fn inside(&self, path: &Path) -> PathBuf {
+        self.root().join(path.strip_prefix("/").unwrap())
+    }
+
+    fn root(&self) -> PathBuf {
+        self.base.path().join("vesicle/story/root")
+    }
+
+    fn give(&self, path: &Path) {
+        chown(path, Some(self.mode.user()), Some(self.mode.user())).unwrap();
+    }
+
+    /// Copies a file into the jail, to its own path, if it is not there.
+    fn bring(&self, file: &Path) {
+        if file.starts_with(self.base.path()) {
+            // It may be a copy that has the mode of what it was copied from.
+            return self.give(file);
+        }
+        let inside = self.inside(file);
+        if inside.exists() {
+            return;
+        }
+        fs::create_dir_all(inside.parent().unwrap()).unwrap();
+        fs::copy(file, &inside).unwrap();
+        fs::set_permissions(&inside, Permissions::from_mode(0o666)).unwrap();
+    }
+
+    /// The jailer, with the descriptors that it leaves open.
+    fn command(&self, passed: &[RawFd]) -> Command {
+        let vesicle = Path::new(env!("CARGO_BIN_EXE_vesicle"));
+        let user = self.mode.user();
+        let mut programs = [JAILER.clone(), vesicle.to_owned()];
+        if self.mode == Mode::Rootless {
+            // The user may not be allowed to go where they were built.
+            let bin = self.base.path().join("bin");
+            fs::create_dir_all(&bin).unwrap();
+            for program in &mut programs {
+                let copy = bin.join(program.file_name().unwrap());
+                if !copy.exists() {
+                    fs::copy(&*program, &copy).unwrap();
+                }
+                *program = copy;
+            }
+        }
+        let mut command = Command::new(&programs[0]);
+        command.args(["--id", "story", "--exec-file"]).arg(&programs[1]);
+        command.arg("--chroot-base-dir").arg(self.base.path());
+        match self.mode {
+            Mode::Rootless => command.arg("--rootless").uid(user).gid(user),
+            _ => command.args(["--uid", &user.to_string(), "--gid", &user.to_string()]),
+        };
+        if self.mode == Mode::JailedWithoutMounts {
+            command.arg("--no-mount-ns");
+        }
+        command.args(passed.iter().map(|fd| format!("--pass-fd={fd}"))).arg("--");
+        command
+    }
+}
+
+/// A directory for files of a guest or of a test, as long as this lives. If VMMs are jailed, it is in their jail.
 #[derive(Debug)]
 pub struct Place {
     mode: Mode,
-    base: TempDir,
-    files: PathBuf,
+    dir: TempDir,
+    /// Goes after what is in it.
+    jail: Option<Arc<Jail>>,
 }
 
 impl Place {
     /// An empty one.
     pub fn new(mode: Mode) -> Self {
-        let base = tempfile::tempdir().unwrap();
         if mode == Mode::Plain {
-            return Self { mode, files: base.path().to_owned(), base };
+            return Self { mode, dir: tempfile::tempdir().unwrap(), jail: None };
         }
-        // What a test makes, the VMM's user may use: sockets, images, files that come later.
-        rustix::process::umask(Bits::empty());
-        fs::set_permissions(base.path(), Permissions::from_mode(0o755)).unwrap();
-        let files = base.path().join("files");
-        let place = Self { mode, files: files.clone(), base };
-        let inside = place.inside(&files);
-        fs::create_dir_all(&inside).unwrap();
-        symlink(&inside, &files).unwrap();
-        for directory in inside.ancestors().take_while(|directory| *directory != place.base.path()) {
-            place.give(directory);
-        }
-        place.give(place.base.path());
-        place
+        let jail = Jail::of(mode);
+        let dir = tempfile::tempdir_in(&jail.files).unwrap();
+        jail.give(dir.path());
+        Self { mode, dir, jail: Some(jail) }
     }
 
-    /// Where the files are, seen from inside and outside.
+    /// Where it is, seen from inside and outside.
     pub fn path(&self) -> &Path {
-        &self.files
+        self.dir.path()
     }
 
     /// How the VMM is run.
@@ -91,62 +183,31 @@ impl Place {
 
     /// Brings a file into the jail, at its own path.
     pub fn bring(&self, file: &Path) {
-        let inside = self.inside(file);
-        if self.mode == Mode::Plain || inside.exists() && !file.starts_with(self.base.path()) {
-            return;
-        }
-        if file.starts_with(self.base.path()) {
-            // A copy that has the mode of what it was copied from.
-            return fs::set_permissions(file, Permissions::from_mode(0o666)).unwrap();
-        }
-        fs::create_dir_all(inside.parent().unwrap()).unwrap();
-        fs::copy(file, &inside).unwrap();
-        fs::set_permissions(&inside, Permissions::from_mode(0o666)).unwrap();
-    }
-
-    /// The command that runs the VMM; its arguments follow.
-    pub fn command(&self) -> Command {
-        let vesicle = Path::new(env!("CARGO_BIN_EXE_vesicle"));
-        match self.mode {
-            Mode::Plain => Command::new(vesicle),
-            Mode::Jailed | Mode::JailedWithoutMounts => self.jailer(&JAILER, vesicle),
-            Mode::Rootless => {
-                // The user may not be allowed to go where they were built.
-                let bin = self.base.path().join("bin");
-                fs::create_dir_all(&bin).unwrap();
-                let [jailer, vesicle] = [&*JAILER, vesicle].map(|program| {
-                    let copy = bin.join(program.file_name().unwrap());
-                    fs::copy(program, &copy).unwrap();
-                    copy
-                });
-                let mut command = self.jailer(&jailer, &vesicle);
-                command.uid(self.mode.user()).gid(self.mode.user());
-                command
-            }
+        if let Some(jail) = &self.jail {
+            jail.bring(file);
         }
     }
 
-    fn jailer(&self, jailer: &Path, vesicle: &Path) -> Command {
-        let mut command = Command::new(jailer);
-        command.args(["--id", "story", "--exec-file"]).arg(vesicle).arg("--chroot-base-dir").arg(self.base.path());
-        let user = self.mode.user().to_string();
-        match self.mode {
-            Mode::Rootless => command.arg("--rootless"),
-            _ => command.args(["--uid", &user, "--gid", &user]),
-        };
-        if self.mode == Mode::JailedWithoutMounts {
-            command.arg("--no-mount-ns");
+    /// The command that runs the VMM, with descriptors that it is told of; its further arguments follow.
+    pub fn command(&self, passed: &[RawFd]) -> Command {
+        if let Some(jail) = &self.jail {
+            return jail.command(passed);
         }
-        command.arg("--");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        command.args(passed.iter().map(|fd| format!("--pass-fd={fd}")));
         command
     }
 
-    /// Where a path of the jail is on the host.
-    fn inside(&self, path: &Path) -> PathBuf {
-        self.base.path().join("vesicle/story/root").join(path.strip_prefix("/").unwrap())
-    }
-
-    fn give(&self, path: &Path) {
-        chown(path, Some(self.mode.user()), Some(self.mode.user())).unwrap();
+    /// Starts the VMM.
+    pub fn spawn(&self, command: Command) -> Vesicle {
+        let Some(jail) = &self.jail else { return Vesicle::spawn(command).unwrap() };
+        let _one = JAILS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut vesicle = Vesicle::spawn(command).unwrap();
+        let pid = vesicle.child().id().to_string();
+        super::wait_until(|| {
+            fs::read_to_string(jail.root().join("vesicle.pid")).is_ok_and(|found| found == pid)
+                || vesicle.child().try_wait().unwrap().is_some()
+        });
+        vesicle
     }
 }

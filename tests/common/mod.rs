@@ -16,9 +16,10 @@ pub mod rest;
 pub mod snapshot;
 pub mod tap;
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -45,6 +46,11 @@ const SHELL: &str = r#"printf '\036ready\n'
 while IFS= read -r line; do (eval "$line") </dev/null; printf '\036%d\n' $?; done
 "#;
 
+/// A directory for files that a VMM uses, jailed or not.
+pub fn tempdir() -> Place {
+    Place::new(Mode::chosen())
+}
+
 /// The path of a guest artefact that `tools/test` prepared, by the name `tools/guest` gives it.
 pub fn artefact(name: &str) -> PathBuf {
     let variable = format!("VESICLE_GUEST_{}", name.to_uppercase().replace(['-', '.'], "_"));
@@ -66,7 +72,7 @@ pub struct Guest {
     interfaces: Vec<Value>,
     job: Option<Script>,
     arguments: Vec<String>,
-    passed: Vec<OwnedFd>,
+    passed: Vec<Arc<OwnedFd>>,
     unprivileged: bool,
 }
 
@@ -155,6 +161,14 @@ impl Guest {
 
     /// A network interface: the body of PUT /network-interfaces. The guest calls the first eth0.
     pub fn interface(mut self, id: &str, host_dev_name: &str, mut more: Value) -> Self {
+        let mut host_dev_name = host_dev_name.to_owned();
+        if self.dir.mode() == Mode::Rootless && !host_dev_name.starts_with("fd:") {
+            // Nobody could open it in a jail that root had no part in.
+            let tap = vesicle::devices::virtio::net::Tap::open(&host_dev_name).unwrap();
+            let fd = tap.as_fd().try_clone_to_owned().unwrap();
+            host_dev_name = format!("fd:{}", fd.as_raw_fd());
+            self = self.pass(fd);
+        }
         more["iface_id"] = json!(id);
         more["host_dev_name"] = json!(host_dev_name);
         self.interfaces.push(more);
@@ -179,13 +193,13 @@ impl Guest {
 
     /// Passes a descriptor to the VMM, which knows it by the number it has here.
     pub fn pass(mut self, fd: OwnedFd) -> Self {
-        self.arguments.extend(["--pass-fd".to_owned(), fd.as_raw_fd().to_string()]);
-        self.passed.push(fd);
+        self.passed.push(Arc::new(fd));
         self
     }
 
-    /// Runs the VMM as a user who may do nothing, with copies of the images.
+    /// Runs the VMM as a user who may do nothing, with copies of the images, whatever the environment asks for.
     pub fn unprivileged(mut self) -> Self {
+        self = self.mode(Mode::Plain);
         let copy = |file: &Path, name: &str| {
             let copy = self.dir.path().join(name);
             fs::copy(file, &copy).unwrap();
@@ -201,11 +215,12 @@ impl Guest {
 
     fn command(&self) -> Command {
         const NOBODY: u32 = 65534;
-        let passed: Vec<_> = self.passed.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut command = self.dir.command();
+        let passed: Vec<_> = self.passed.iter().map(|fd| fd.as_raw_fd()).collect();
+        let mut command = self.dir.command(&passed);
         if self.unprivileged {
+            let arguments: Vec<_> = command.get_args().map(OsStr::to_owned).collect();
             command = Command::new(self.dir.path().join("vesicle"));
-            command.uid(NOBODY).gid(NOBODY);
+            command.args(arguments).uid(NOBODY).gid(NOBODY);
         }
         let inherit = move || {
             for fd in &passed {
@@ -231,7 +246,7 @@ impl Guest {
         let mut command = self.command();
         command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(File::options().create(true).append(true).open(&log).unwrap());
-        let mut vesicle = Vesicle::spawn(command).unwrap();
+        let mut vesicle = self.dir.spawn(command);
         let serial = Serial::collect(vesicle.child().stdout.take().unwrap());
         let job = self.job.as_ref().map(|script| Job::create(self.dir.path().join("job"), script.clone()).unwrap());
         if let Some(job) = job.as_ref().filter(|_| self.unprivileged) {
@@ -266,6 +281,11 @@ impl Guest {
         let mut vm = self.start();
         vm.wait_until_ready();
         vm
+    }
+
+    /// The `host_dev_name` of an interface: a descriptor's where the VMM cannot open the one that was asked for.
+    pub fn interface_name(&self, id: &str) -> &Value {
+        &self.interfaces.iter().find(|interface| interface["iface_id"] == id).unwrap()["host_dev_name"]
     }
 
     /// The body of PUT /machine-config.
@@ -458,7 +478,7 @@ impl MicroVm {
             drives: self.guest.drives.clone(),
             arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
             interfaces: self.guest.interfaces.clone(),
-            passed: Vec::new(),
+            passed: self.guest.passed.clone(),
             ..self.guest
         };
         let mut vm = guest.launch();

@@ -6,21 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-use super::MicroVm;
+use super::{MicroVm, Place};
 
 /// Where a snapshot's files are.
 pub struct Snapshot {
     pub state: PathBuf,
     pub memory: PathBuf,
-    pub dir: TempDir,
+    pub dir: Place,
 }
 
 impl Snapshot {
     /// Files to be, in a directory of their own.
     pub fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = super::tempdir();
         Self { state: dir.path().join("state"), memory: dir.path().join("memory"), dir }
     }
 

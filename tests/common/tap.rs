@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use serde_json::{Value, json};
 
-use super::MicroVm;
+use super::{MicroVm, Mode};
 
 /// A TAP with an address, which nobody else has. It goes when this is dropped.
 #[derive(Debug)]
@@ -31,7 +31,11 @@ impl Tap {
         let net = NEXT.fetch_add(1, Ordering::SeqCst);
         let tap = Self { name: format!("test{net}"), net };
         let name = &tap.name;
-        host(&format!("ip tuntap add dev {name} mode tap vnet_hdr && ip addr add {}/24 dev {name}", tap.host()));
+        let user = Mode::chosen().user();
+        host(&format!(
+            "ip tuntap add dev {name} mode tap vnet_hdr user {user} && ip addr add {}/24 dev {name}",
+            tap.host()
+        ));
         host(&format!("ip link set {name} up"));
         tap
     }
