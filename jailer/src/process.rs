@@ -134,8 +134,9 @@ pub fn enter(root: &OwnedFd, mount_namespace: bool) -> Result<(), Error> {
     // Whatever is mounted here stays here, and what the host mounts stays out.
     rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
         .failed(|| "make the mounts private")?;
-    // The new root has to be a mount: a copy of the one it is on, which begins here and executes nothing.
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    // The new root has to be a mount: a copy of the one it is on, which begins here and executes nothing. What the
+    // launcher has mounted below comes along.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let tree = open_tree(CWD, ".", flags).failed(|| "make a mount of the jail")?;
     restrict(&tree)?;
     move_mount(&tree, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).failed(|| "mount the jail")?;
@@ -155,8 +156,9 @@ fn restrict(tree: &OwnedFd) -> Result<(), Error> {
         userns_fd: 0,
     };
     let (fd, size) = (tree.as_raw_fd(), size_of_val(&attributes));
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the path is an empty string, the structure is as long as `size` says, and both live for the call.
-    match unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), libc::AT_EMPTY_PATH, &attributes, size) } {
+    match unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &attributes, size) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()).failed(|| "restrict the jail's mount"),
     }
@@ -255,6 +257,9 @@ pub fn isolate_core() {
 /// # Errors
 /// This takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP, or a user namespace.
 pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
+    // Another user's process would no longer end with its launcher, if that is what the launcher wants.
+    let end_with_launcher =
+        rustix::process::parent_process_death_signal().failed(|| "ask for the launcher's signal")?;
     // SAFETY: the call takes numbers only. It ends with the first capability that the kernel does not know.
     let unknown = (0..64).find(|capability| unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0);
     let error = io::Error::last_os_error();
@@ -273,6 +278,9 @@ pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
     rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
         .failed(|| "drop the capabilities")?;
     rustix::thread::clear_ambient_capability_set().failed(|| "drop the ambient capabilities")?;
+    if end_with_launcher.is_some() {
+        rustix::process::set_parent_process_death_signal(end_with_launcher).failed(|| "keep the launcher's signal")?;
+    }
     rustix::thread::set_no_new_privs(true).failed(|| "give up new privileges")
 }
 

@@ -4,6 +4,7 @@ mod bench;
 mod clone;
 mod http;
 mod image;
+mod jail;
 mod net;
 mod run;
 mod snapshot;

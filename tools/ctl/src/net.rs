@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -84,10 +84,14 @@ impl Network {
         Err(Error::NoneLeft)
     }
 
-    /// Hands the TAP to the VMM that `command` is.
+    /// The TAP's descriptor, which the VMM has to be told of.
+    pub fn fd(&self) -> RawFd {
+        self.tap.as_raw_fd()
+    }
+
+    /// Leaves the TAP open to the VMM that `command` is.
     pub fn pass_to(&self, command: &mut Command) {
-        let inherited = self.tap.as_raw_fd();
-        command.arg("--pass-fd").arg(inherited.to_string());
+        let inherited = self.fd();
         let prepare = move || {
             // SAFETY: the descriptor is open: whoever spawns the command still has the network.
             let tap = unsafe { BorrowedFd::borrow_raw(inherited) };

@@ -16,6 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vesiclectl::{Client, ClientError, Job, Script, Signaller, Vesicle};
 
+use crate::jail::Jail;
 use crate::net::Network;
 
 /// The status of a run that did not come to a command's own status.
@@ -32,6 +33,7 @@ Runs a command in a microVM of its own.
 Usage: vesiclectl run --vesicle FILE --kernel FILE [OPTION]... [-- COMMAND...]
 
   --vesicle FILE      the VMM to run
+  --jailer FILE       confine it with this jailer too, as strictly as the host allows, and say how in one line
   --kernel FILE       an ELF vmlinux or a bzImage
   --initramfs FILE    the default guest's, or one that runs jobs the same way
   --rootfs FILE       run the command in this root file system, a raw image, which cannot be written to
@@ -53,6 +55,7 @@ to its end before the guest starts.
 #[derive(Debug)]
 pub struct Run {
     vesicle: PathBuf,
+    jailer: Option<PathBuf>,
     kernel: PathBuf,
     initramfs: Option<PathBuf>,
     rootfs: Option<PathBuf>,
@@ -81,6 +84,7 @@ impl Run {
         let (mut vesicle, mut kernel) = (None, None);
         let mut run = Self {
             vesicle: PathBuf::new(),
+            jailer: None,
             kernel: PathBuf::new(),
             initramfs: None,
             rootfs: None,
@@ -95,6 +99,7 @@ impl Run {
         while let Some(argument) = parser.next()? {
             match argument {
                 Arg::Long("vesicle") => vesicle = Some(parser.value()?.into()),
+                Arg::Long("jailer") => run.jailer = Some(parser.value()?.into()),
                 Arg::Long("kernel") => kernel = Some(parser.value()?.into()),
                 Arg::Long("initramfs") => run.initramfs = Some(parser.value()?.into()),
                 Arg::Long("rootfs") => run.rootfs = Some(parser.value()?.into()),
@@ -127,14 +132,19 @@ impl Run {
 
         let mut network = if self.net { Some(Network::claim()?) } else { None };
         let _terminal = Terminal::save();
-        let mut vesicle = Vesicle::spawn(self.vmm(console, &log, network.as_ref())?)
+        let mut jail = Jail::strictest(self.jailer.as_deref(), &self.vesicle, dir.path())?;
+        let machine = self.machine(&mut jail, &job, console, network.as_ref())?;
+        if self.jailer.is_some() {
+            eprintln!("vesiclectl: the VMM is confined {jail}");
+        }
+        let mut vesicle = Vesicle::spawn(self.vmm(&jail, console, &log, network.as_ref())?)
             .map_err(|error| format!("cannot run {}: {error}", self.vesicle.display()))?;
         let caught = pass_on_signals(vesicle.signaller())?;
         // Only now that a signal would not leave it behind.
         if network.as_mut().map(Network::up).transpose()? == Some(true) {
             eprintln!("vesiclectl: this machine did not forward packets; net.ipv4.ip_forward is 1 from now on");
         }
-        let started = self.start(vesicle.api(), &job, console, network.as_ref());
+        let started = start(vesicle.api(), &machine);
         if started.is_err() {
             vesicle.signaller().terminate();
         }
@@ -181,8 +191,15 @@ impl Run {
     }
 
     /// The VMM's process. Its log goes to a file that is shown if it fails.
-    fn vmm(&self, console: Console, log: &Path, network: Option<&Network>) -> io::Result<Command> {
-        let mut command = Command::new(&self.vesicle);
+    fn vmm(
+        &self,
+        jail: &Jail,
+        console: Console,
+        log: &Path,
+        network: Option<&Network>,
+    ) -> Result<Command, Box<dyn Error>> {
+        let passed: Vec<_> = network.map(Network::fd).into_iter().collect();
+        let mut command = jail.command(&passed)?;
         if let Some(network) = network {
             network.pass_to(&mut command);
         }
@@ -193,33 +210,48 @@ impl Run {
         Ok(command)
     }
 
-    /// Configures the microVM and starts it.
-    fn start(&self, api: &Client, job: &Job, console: Console, network: Option<&Network>) -> Result<(), ClientError> {
+    /// The requests that configure the microVM. What it uses is brought into the jail.
+    fn machine(
+        &self,
+        jail: &mut Jail,
+        job: &Job,
+        console: Console,
+        network: Option<&Network>,
+    ) -> io::Result<Vec<(&'static str, Value)>> {
+        let mut requests = Vec::new();
         let mut boot_args = BOOT_ARGS.to_owned();
         if console == Console::Terminal {
             boot_args += " vesicle.tty=1";
         }
         if let Some(network) = network {
             let interface = json!({ "iface_id": "eth0", "host_dev_name": network.host_device() });
-            api.must_put("/network-interfaces/eth0", &interface)?;
+            requests.push(("/network-interfaces/eth0", interface));
             boot_args = boot_args + " " + &network.boot_argument();
         }
         if let Some(more) = &self.boot_args {
             boot_args = boot_args + " " + more;
         }
-        let mut boot_source = json!({ "kernel_image_path": self.kernel, "boot_args": boot_args });
+        let mut boot_source = json!({ "kernel_image_path": jail.bring(&self.kernel, false)?, "boot_args": boot_args });
         if let Some(initramfs) = &self.initramfs {
-            boot_source["initrd_path"] = json!(initramfs);
+            boot_source["initrd_path"] = json!(jail.bring(initramfs, false)?);
         }
-        api.must_put("/machine-config", &json!({ "vcpu_count": self.vcpus, "mem_size_mib": self.memory }))?;
-        api.must_put("/boot-source", &boot_source)?;
+        requests.push(("/machine-config", json!({ "vcpu_count": self.vcpus, "mem_size_mib": self.memory })));
+        requests.push(("/boot-source", boot_source));
         // The guest names drives in this order: the root is vda, and the job drive comes last.
         if let Some(rootfs) = &self.rootfs {
-            api.must_put("/drives/root", &drive("root", rootfs, !self.writable))?;
+            requests.push(("/drives/root", drive("root", &jail.bring(rootfs, self.writable)?, !self.writable)));
         }
-        api.must_put("/drives/job", &drive("job", job.path(), false))?;
-        api.must_put("/actions", &json!({ "action_type": "InstanceStart" }))
+        requests.push(("/drives/job", drive("job", &jail.give(job.path())?, false)));
+        Ok(requests)
     }
+}
+
+/// Configures the microVM and starts it.
+fn start(api: &Client, machine: &[(&str, Value)]) -> Result<(), ClientError> {
+    for (path, body) in machine {
+        api.must_put(path, body)?;
+    }
+    api.must_put("/actions", &json!({ "action_type": "InstanceStart" }))
 }
 
 fn drive(id: &str, path: &Path, read_only: bool) -> Value {

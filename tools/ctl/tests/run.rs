@@ -4,8 +4,11 @@
 mod common;
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::{artefact, vesicle};
@@ -46,6 +49,51 @@ fn a_command_hands_back_its_output_and_status_and_nothing_else() {
     assert_eq!(status, 137);
     let (output, _, status) = run(&["--", "no-such-command"]);
     assert!(status == 127 && output.contains("no-such-command"), "{status}: {output}");
+}
+
+#[test]
+fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
+    let jailer = vesicle().with_file_name("vesicle-jailer");
+    let jailer = jailer.to_str().unwrap();
+    let command = ["--jailer", jailer, "--", "sh", "-c", "echo hi; exit 7"];
+    let confined = |errors: &str| errors.strip_prefix("vesiclectl: the VMM is confined ").unwrap().to_owned();
+    let (output, errors, status) = run(&command);
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    assert_eq!(
+        confined(&errors),
+        "in a jail (user, root directory and mounts of its own), by Landlock and system-call filters\n"
+    );
+
+    // Somebody else, who may go where the programs are and use KVM.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let copy = |file: &Path| {
+        let copy = dir.path().join(file.file_name().unwrap());
+        fs::copy(file, &copy).unwrap();
+        fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
+        copy.to_str().unwrap().to_owned()
+    };
+    let files = [
+        Path::new(env!("CARGO_BIN_EXE_vesiclectl")),
+        &vesicle(),
+        &vesicle().with_file_name("vesicle-jailer"),
+        &artefact("kernel-tuned"),
+        &artefact("initramfs-tuned"),
+    ];
+    let [vesiclectl, vesicle, jailer, kernel, initramfs] = files.map(copy);
+    let run = |jailer: &str| {
+        let mut command = Command::new(&vesiclectl);
+        command.args(["run", "--memory", "64", "--vesicle", &vesicle, "--kernel", &kernel, "--initramfs", &initramfs]);
+        command.args(["--jailer", jailer, "--", "sh", "-c", "echo hi; exit 7"]).stdin(Stdio::null());
+        told(command.uid(1000).gid(1000).output().unwrap())
+    };
+    let (output, errors, status) = run(&jailer);
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    assert!(confined(&errors).starts_with("in a jail without root (user namespace, "), "{errors}");
+    // Where no jail can be made, the reason is said.
+    let (output, errors, status) = run("/bin/false");
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    assert!(confined(&errors).starts_with("without a jail, by Landlock and system-call filters"), "{errors}");
 }
 
 #[test]
