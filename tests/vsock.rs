@@ -102,7 +102,7 @@ impl Talker {
             let (key, value) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok()));
             match (key, value) {
                 (Some("Size:"), Some(kib)) => size = kib,
-                (Some("Private_Dirty:"), Some(kib)) if size < 8 << 10 => total += kib << 10,
+                (Some("Anonymous:"), Some(kib)) if size < 8 << 10 => total += kib << 10,
                 _ => {}
             }
         }

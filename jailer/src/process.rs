@@ -260,8 +260,12 @@ pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
     // Another user's process would no longer end with its launcher, if that is what the launcher wants.
     let end_with_launcher =
         rustix::process::parent_process_death_signal().failed(|| "ask for the launcher's signal")?;
-    // SAFETY: the call takes numbers only. It ends with the first capability that the kernel does not know.
-    let unknown = (0..64).find(|capability| unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0);
+    let drop = |capability: libc::c_ulong| {
+        // SAFETY: the call takes numbers only.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) }
+    };
+    // It ends with the first capability that the kernel does not know.
+    let unknown = (0..64).find(|capability| drop(*capability) != 0);
     let error = io::Error::last_os_error();
     if unknown.is_some() && error.raw_os_error() != Some(libc::EINVAL) {
         return Err(error).failed(|| "drop the capabilities that programs could gain");
