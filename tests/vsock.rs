@@ -93,7 +93,7 @@ impl Talker {
         }
     }
 
-    /// Private dirty memory outside of what is as large as guest RAM, in bytes.
+    /// Memory of its own outside of what is as large as guest RAM, in bytes.
     fn private_memory(&mut self) -> u64 {
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.vm.pid())).unwrap();
         let (mut total, mut size) = (0, 0);
