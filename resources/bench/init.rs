@@ -6,10 +6,12 @@
 //! - `ready` writes 123 to the boot timer and sleeps.
 //! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
 //!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
+//!   `deep-read:N` is `rand-read:N` with four requests at a time.
 //! - `vsock` serves one client, see there.
 //! - `together` keeps all devices busy, see there.
 //! - `tcp-send:N`, `tcp-receive:N`, `tcp-round-trip:N` connect from 10.77.0.2 on eth0 to port 7777 of 10.77.0.1 and send or
 //!   receive N MiB, or send N bytes, each when the one before has come back; then as above.
+//! - `udp-send:N` sends N datagrams of 64 bytes there, `udp-receive:1` drops what comes to that port, for ever.
 #![no_std]
 #![no_main]
 
@@ -31,7 +33,11 @@ const NANOSLEEP: usize = 35;
 const SOCKET: usize = 41;
 const CONNECT: usize = 42;
 const SHUTDOWN: usize = 48;
+const BIND: usize = 49;
 const SETSOCKOPT: usize = 54;
+const FORK: usize = 57;
+const EXIT: usize = 60;
+const WAIT: usize = 61;
 const MKDIR: usize = 83;
 const MKNOD: usize = 133;
 const MOUNT: usize = 165;
@@ -133,6 +139,7 @@ fn work(mode: &[u8]) {
     devices();
     match kind {
         b"tcp-send" | b"tcp-receive" | b"tcp-round-trip" => report(tcp(kind, count).unwrap_or(0)),
+        b"udp-send" | b"udp-receive" => udp(kind, count),
         _ => block(kind, count),
     }
 }
@@ -221,6 +228,23 @@ fn tcp(kind: &[u8], count: usize) -> Option<u64> {
     done.then_some(elapsed)
 }
 
+/// Whether anything arrives is not its concern.
+fn udp(kind: &[u8], count: usize) {
+    const SIZE: usize = 64;
+    set_up();
+    let socket = call(SOCKET, [AF_INET as usize, DATAGRAM, 0, 0, 0, 0]) as usize;
+    let (number, peer) = if kind == b"udp-send" { (CONNECT, HOST) } else { (BIND, [0; 4]) };
+    let address = Address::new(peer, PORT);
+    call(number, [socket, &raw const address as usize, size_of::<Address>(), 0, 0, 0]);
+    let data = [7u8; SIZE];
+    for _ in 0..count {
+        if number == BIND {
+            call(PAUSE, [0; 6]);
+        }
+        call(WRITE, [socket, data.as_ptr() as usize, SIZE, 0, 0, 0]);
+    }
+}
+
 /// Sends so many bytes and waits until the other side has read them, which it says by closing.
 fn send(socket: usize, buffer: usize, mut left: usize) -> bool {
     while left > 0 {
@@ -247,7 +271,7 @@ fn receive(socket: usize, buffer: usize, mut left: usize) -> bool {
 
 fn block(kind: &[u8], count: usize) {
     let (number, size, random) = match kind {
-        b"rand-read" => (PREAD, PAGE, true),
+        b"rand-read" | b"deep-read" => (PREAD, PAGE, true),
         b"rand-write" => (PWRITE, PAGE, true),
         b"seq-read" => (PREAD, MIB, false),
         b"seq-write" => (PWRITE, MIB, false),
@@ -257,20 +281,38 @@ fn block(kind: &[u8], count: usize) {
     // Shared memory that is populated at once: no page faults in what is measured.
     let buffer = call(MMAP, [0, size, PROT_READ_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, usize::MAX, 0]);
 
-    let mut place = 0usize;
-    let mut random_state = 1u64;
-    let mut failed = false;
+    let requests = |count: usize, seed: u64| {
+        let (mut place, mut random_state) = (0, seed);
+        (0..count).fold(true, |ok, _| {
+            if random {
+                random_state = random_state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                place = (random_state >> 33) as usize % (AREA / PAGE) * PAGE;
+            }
+            let done = call(number, [drive, buffer as usize, size, place, 0, 0]) == size as isize;
+            place = (place + size) % AREA;
+            ok && done
+        })
+    };
     let start = now();
-    for _ in 0..count {
-        if random {
-            random_state = random_state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            place = (random_state >> 33) as usize % (AREA / size) * size;
-        }
-        failed |= call(number, [drive, buffer as usize, size, place, 0, 0]) != size as isize;
-        place = (place + size) % AREA;
-    }
+    let done = if kind == b"deep-read" { in_processes(4, |index| requests(count / 4, index)) } else { requests(count, 1) };
     let elapsed = now() - start;
-    report(if failed { 0 } else { elapsed });
+    report(if done { elapsed } else { 0 });
+}
+
+/// Does that in so many processes at once. Whether all have done it.
+fn in_processes(count: u64, work: impl Fn(u64) -> bool) -> bool {
+    for index in 0..count {
+        if call(FORK, [0; 6]) == 0 {
+            let status = usize::from(!work(index));
+            call(EXIT, [status, 0, 0, 0, 0, 0]);
+        }
+    }
+    (0..count).fold(true, |ok, _| {
+        let mut status = 0u32;
+        let ended = call(WAIT, [usize::MAX, &raw mut status as usize, 0, 0, 0, 0]) > 0;
+        // SAFETY: it lives here; the call may have written to it.
+        ok && ended && unsafe { (&raw const status).read_volatile() } == 0
+    })
 }
 
 fn number(digits: &[u8]) -> usize {

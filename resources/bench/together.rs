@@ -6,12 +6,9 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
-    MAP_ANONYMOUS, MAP_POPULATE, MAP_SHARED, MMAP, O_DIRECT, O_RDWR, OPEN, PREAD, PROT_READ_WRITE, PWRITE, WRITE,
+    EXIT, FORK, MAP_ANONYMOUS, MAP_POPULATE, MAP_SHARED, MMAP, O_DIRECT, O_RDWR, OPEN, PREAD, PROT_READ_WRITE, PWRITE, WRITE,
     call, connect, receive, vsock,
 };
-
-const FORK: usize = 57;
-const EXIT: usize = 60;
 
 const PIECE: usize = 64 << 10;
 /// Of a request to the drive.

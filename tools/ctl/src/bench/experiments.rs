@@ -13,15 +13,14 @@ use super::process;
 use super::snapshot;
 use super::subject::{Api, Process, Subject};
 use super::tap::{self, Host};
-use super::{jail, together, vsock};
+use super::{jail, limits, together, vsock};
 
 /// Values of figures, in base units.
 pub type Values = Vec<(&'static str, f64)>;
 /// What a measurement brings.
 pub type Outcome = Result<Values, Box<dyn Error>>;
 
-/// Requests of the random and the sequential block figures: few, since the lab's emulated processor now and then delivers
-/// an interrupt twice, and one in some thousand of those ends in a deadlock of the guest.
+/// Requests of the random and the sequential block figures: few, since everything is emulated.
 const RANDOM: u32 = 200;
 const SEQUENTIAL: u32 = 64;
 /// MiB over TCP, and round trips.
@@ -66,9 +65,7 @@ const DETERMINISTIC: &[Experiment] = &[
     counts(&["seq-write-exits", "seq-write-calls"], |b, s| count_block(b, s, "seq-write", SEQUENTIAL)),
 ];
 
-const NET: [Experiment; 8] = [
-    experiment(&["tcp-send-50"], |b, s| limited(b, s, "tcp-send", "tcp-send-50")),
-    experiment(&["tcp-receive-50"], |b, s| limited(b, s, "tcp-receive", "tcp-receive-50")),
+const NET: [Experiment; 6] = [
     with_qemu(experiment(&["tcp-send"], |b, s| tcp(b, s, "tcp-send", STREAM))),
     with_qemu(counts(&["tcp-send-exits", "tcp-send-interrupts", "tcp-send-calls"], |b, s| {
         count_tcp(b, s, "tcp-send", STREAM)
@@ -104,7 +101,14 @@ pub fn of(part: Part) -> impl Iterator<Item = &'static Experiment> {
     let (own, others): (&[_], &[&[_]]) = match part {
         Part::Deterministic => (
             DETERMINISTIC,
-            &[snapshot::DETERMINISTIC, vsock::EXPERIMENTS, &NET, jail::EXPERIMENTS, &together::EXPERIMENTS],
+            &[
+                snapshot::DETERMINISTIC,
+                vsock::EXPERIMENTS,
+                &NET,
+                &limits::EXPERIMENTS,
+                jail::EXPERIMENTS,
+                &together::EXPERIMENTS,
+            ],
         ),
         Part::Native => (NATIVE, &[snapshot::NATIVE]),
     };
@@ -165,7 +169,7 @@ impl Bench {
     }
 
     /// Runs `job` to its end without an API.
-    fn run(&self, subject: &Subject, job: Job<'_>) -> Result<Process, Box<dyn Error>> {
+    pub fn run(&self, subject: &Subject, job: Job<'_>) -> Result<Process, Box<dyn Error>> {
         let (kernel, initramfs) = (self.files.path("vmlinux"), self.files.path("initramfs"));
         if subject.is_qemu() {
             // Its microvm has no keyboard controller to reset by.
@@ -284,7 +288,7 @@ fn count_exit(bench: &Bench, subject: &Subject) -> Outcome {
 }
 
 /// Runs a job that reports its time, by the guest's clock; in seconds.
-fn timed(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<f64, Box<dyn Error>> {
+pub fn timed(bench: &Bench, subject: &Subject, job: Job<'_>) -> Result<f64, Box<dyn Error>> {
     let mut process = bench.run(subject, job)?;
     let (output, _) = process.await_output("bench ")?;
     process.await_end()?;
@@ -306,15 +310,6 @@ fn tcp(bench: &Bench, subject: &Subject, kind: &'static str, count: u32) -> Outc
     let _host = Host::start(kind, count)?;
     let all = timed(bench, subject, Job::Net(kind, count))?;
     Ok(vec![(kind, all / if kind == "tcp-round-trip" { f64::from(count) } else { 1.0 })])
-}
-
-/// Time of what is sent or received under a limit, which must not be faster than the limit by more than 5 %.
-fn limited(bench: &Bench, subject: &Subject, kind: &'static str, figure: &'static str) -> Outcome {
-    const RATE: u64 = 50 << 20;
-    let _host = Host::start(kind, STREAM)?;
-    let all = timed(bench, subject, Job::Limited(kind, STREAM, RATE))?;
-    let share = f64::from(STREAM) * 1_048_576.0 / all / RATE as f64;
-    if share > 1.05 { Err(format!("{share} of the limit").into()) } else { Ok(vec![(figure, all)]) }
 }
 
 /// What a MiB or a round trip costs: a run with some less one with none.

@@ -43,6 +43,8 @@ pub enum Unit {
     MB,
     /// Bytes a second, shown in MiB/s.
     Rate,
+    /// A share, shown in percent.
+    Percent,
     /// A number.
     Count,
 }
@@ -55,6 +57,7 @@ impl Unit {
             Self::Us => 1e-6,
             Self::MiB | Self::Rate => 1_048_576.0,
             Self::MB => 1e6,
+            Self::Percent => 1e-2,
             Self::Count => 1.0,
         }
     }
@@ -67,6 +70,7 @@ impl Unit {
             Self::MiB => "MiB",
             Self::MB => "MB",
             Self::Rate => "MiB/s",
+            Self::Percent => "%",
             Self::Count => "",
         }
     }
@@ -97,6 +101,10 @@ const fn count(id: &'static str, what: &'static str) -> Figure {
 
 const fn rate(id: &'static str, what: &'static str) -> Figure {
     Figure { id, what, unit: Unit::Rate, goal: None, firecracker: "" }
+}
+
+const fn limit(id: &'static str, what: &'static str) -> Figure {
+    figure(id, what, Unit::Percent, 5.0, "")
 }
 
 use Unit::{MB, MiB, Ms, Us};
@@ -152,12 +160,22 @@ const DETERMINISTIC: &[Figure] = &[
     count("tcp-receive-exits", "  VM exits per MiB"),
     count("tcp-receive-interrupts", "  interrupts per MiB"),
     count("tcp-receive-calls", "  system calls per MiB"),
-    figure("tcp-send-50", "TCP, 64 MiB guest → host, limit 50 MiB/s", Ms, 1344.0, ""),
-    figure("tcp-receive-50", "TCP, 64 MiB host → guest, limit 50 MiB/s", Ms, 1344.0, ""),
     figure("tcp-round-trip", "TCP, round trip of 1 byte", Us, 180.0, "243"),
     count("tcp-round-trip-exits", "  VM exits"),
     count("tcp-round-trip-interrupts", "  interrupts"),
     count("tcp-round-trip-calls", "  system calls"),
+    limit("limit-read-1", "block, limit 1 MiB/s: missed by"),
+    limit("limit-read-50", "  50 MiB/s"),
+    limit("limit-read-100", "  100 requests a second"),
+    limit("limit-read-5000", "  5,000 requests a second"),
+    limit("limit-send-1", "network, guest → host, limit 1 MiB/s: missed by"),
+    limit("limit-send-50", "  50 MiB/s"),
+    limit("limit-send-100", "  100 frames a second"),
+    limit("limit-send-5000", "  5,000 frames a second"),
+    limit("limit-receive-1", "network, host → guest, limit 1 MiB/s: missed by"),
+    limit("limit-receive-50", "  50 MiB/s"),
+    limit("limit-receive-100", "  100 frames a second"),
+    limit("limit-receive-5000", "  5,000 frames a second"),
     Figure { id: "bare-cpu", what: "start → API answers, CPU, not confined", unit: Ms, goal: None, firecracker: "" },
     Figure { id: "jail-cpu", what: "  in a jail", unit: Ms, goal: None, firecracker: "" },
     Figure { id: "jail-cpu-300", what: "    300 mounts on the host", unit: Ms, goal: None, firecracker: "" },

@@ -35,8 +35,51 @@ pub enum Job<'a> {
     Block(&'a str, u32),
     /// So much of this kind over the network, see resources/bench/init.rs.
     Net(&'a str, u32),
-    /// The same, with both directions limited to so many bytes a second.
-    Limited(&'a str, u32, u64),
+    /// Of either, with the direction it takes limited.
+    Limited(&'a str, u32, Limit),
+}
+
+impl Job<'_> {
+    fn has_network(self) -> bool {
+        match self {
+            Job::Net(..) | Job::Together => true,
+            Job::Limited(kind, ..) => !kind.ends_with("read"),
+            _ => false,
+        }
+    }
+
+    fn has_drive(self) -> bool {
+        match self {
+            Job::Block(..) | Job::Together => true,
+            Job::Limited(kind, ..) => kind.ends_with("read"),
+            _ => false,
+        }
+    }
+}
+
+/// A rate limit, a tenth of which its bucket holds.
+#[derive(Debug, Clone, Copy)]
+pub enum Limit {
+    /// Bytes a second.
+    Bandwidth(u64),
+    /// Requests or frames a second.
+    Operations(u64),
+}
+
+impl Limit {
+    /// What it allows in a second.
+    pub fn rate(self) -> u64 {
+        let (Self::Bandwidth(rate) | Self::Operations(rate)) = self;
+        rate
+    }
+
+    fn json(self) -> Value {
+        let bucket = json!({ "size": self.rate() / 10, "refill_time": 100 });
+        match self {
+            Self::Bandwidth(_) => json!({ "bandwidth": bucket }),
+            Self::Operations(_) => json!({ "ops": bucket }),
+        }
+    }
 }
 
 /// Kernel, initramfs, drive and flat guest, in memory.
@@ -104,21 +147,24 @@ impl Files {
             boot_source["image_mapping"] = json!(mapping);
         }
         let mut drives = Vec::new();
-        if matches!(job, Job::Block(..) | Job::Together) {
-            drives.push(json!({
+        if job.has_drive() {
+            let mut drive = json!({
                 "drive_id": "drive", "path_on_host": self.path("drive"), "is_root_device": false, "is_read_only": false,
-            }));
+            });
+            if let Job::Limited(.., limit) = job {
+                drive["rate_limiter"] = limit.json();
+            }
+            drives.push(drive);
         }
         let mut configuration = json!({ "boot-source": boot_source, "machine-config": machine(), "drives": drives });
         if matches!(job, Job::Vsock | Job::Together) {
             configuration["vsock"] = json!({ "guest_cid": 3, "uds_path": self.path("v.sock") });
         }
-        if matches!(job, Job::Net(..) | Job::Limited(..) | Job::Together) {
+        if job.has_network() {
             let mut interface = json!({ "iface_id": "eth0", "host_dev_name": tap::NAME });
-            if let Job::Limited(.., rate) = job {
-                let limits = json!({ "bandwidth": { "size": rate / 1000, "refill_time": 1 } });
-                interface["rx_rate_limiter"] = limits.clone();
-                interface["tx_rate_limiter"] = limits;
+            if let Job::Limited(kind, _, limit) = job {
+                let direction = if kind.ends_with("send") { "tx_rate_limiter" } else { "rx_rate_limiter" };
+                interface[direction] = limit.json();
             }
             configuration["network-interfaces"] = json!([interface]);
         }

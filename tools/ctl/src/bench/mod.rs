@@ -4,7 +4,7 @@
 //! - [`experiments`] measures it: each runs a VMM and returns values for one or more figures.
 //! - [`subject`] is a VMM under measurement, [`guest`] what runs in it.
 //! - [`snapshot`] has those that save and load, [`vsock`] those that talk to the guest.
-//! - [`jail`] has those of confinement.
+//! - [`jail`] has those of confinement, [`limits`] those of rate limits.
 //! - [`tap`] is the other end of its network.
 //! - [`counters`] and [`process`] look at it from outside.
 //! - [`report`] is the table and the JSON.
@@ -14,6 +14,7 @@ mod experiments;
 mod figures;
 mod guest;
 mod jail;
+mod limits;
 mod process;
 mod report;
 mod snapshot;

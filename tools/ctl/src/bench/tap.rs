@@ -8,9 +8,10 @@ use std::thread;
 
 /// The TAP's name.
 pub const NAME: &str = "vesicle-bench";
-/// Its address, and the port the guest connects to.
-const ADDRESS: &str = "10.77.0.1";
-const PORT: u16 = 7777;
+/// Its address, the guest's, and the port of both.
+pub const ADDRESS: &str = "10.77.0.1";
+pub const GUEST: &str = "10.77.0.2";
+pub const PORT: u16 = 7777;
 /// What one system call sends or receives at most, in bytes.
 const CHUNK: usize = 128 << 10;
 
