@@ -250,7 +250,7 @@ fn main() {
     };
     survive_traps();
     let sandbox = Sandbox::new(&config).unwrap();
-    sandbox.confine_process(&Grants::default()).unwrap();
+    sandbox.confine_process(&Grants::default(), None).unwrap();
     let kind = thread.unwrap();
     if kind == ThreadKind::Vmm {
         let mut grants = Grants::default();

@@ -3,7 +3,7 @@
 #![no_main]
 
 use std::fmt::Display;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::exit;
@@ -77,7 +77,8 @@ fn run() -> std::ffi::c_int {
         ::log::error!("{panic}");
     }));
     log::init(&options.id);
-    let sandbox = confine(&options).unwrap_or_else(|error| fail(FAILURE, chain(&error)));
+    let sandbox =
+        confine(&options, proc.as_ref().map(AsFd::as_fd)).unwrap_or_else(|error| fail(FAILURE, chain(&error)));
     let prepared = prepare(&options, Host { kvm, proc, sandbox: sandbox.clone() });
     let (mut vmm, sender, events) = prepared.unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
     vmm.declare(passed);
@@ -107,7 +108,7 @@ fn run() -> std::ffi::c_int {
 }
 
 /// Gives up what no part of the process will need. Before any thread: they inherit it.
-fn confine(options: &Options) -> Result<Sandbox, sandbox::Error> {
+fn confine(options: &Options, proc: Option<BorrowedFd<'_>>) -> Result<Sandbox, sandbox::Error> {
     let sandbox = Sandbox::new(&options.sandbox)?;
     let mut needed = Grants::default();
     if let Some(ApiSocket::Path(path)) = &options.api_sock {
@@ -119,7 +120,7 @@ fn confine(options: &Options) -> Result<Sandbox, sandbox::Error> {
     for file in [&options.logger.log_path, &options.metrics_path].into_iter().flatten() {
         needed.siblings(file, true);
     }
-    sandbox.confine_process(&needed)?;
+    sandbox.confine_process(&needed, proc)?;
     ::log::info!("Confined: {sandbox}.");
     Ok(sandbox)
 }

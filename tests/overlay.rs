@@ -197,9 +197,10 @@ fn an_overlay_with_a_path_is_found_by_the_next_boot() {
         assert!(image.is_unchanged());
         // An image that is a byte longer is another image, and a file that is no layer is none.
         fs::copy(&image.path, image.path("other")).unwrap();
-        let other = image.path("other");
+        let (other, no_layer) = (image.path("other"), image.path("no layer"));
+        fs::write(&no_layer, &image.content).unwrap();
         let configured =
-            Guest::tuned().no_job().drive("data", &other, json!({ "overlay": { "layer_path": image.path } }));
+            Guest::tuned().no_job().drive("data", &other, json!({ "overlay": { "layer_path": no_layer } }));
         let refusal = configured.configure().refused_put("/actions", &json!({ "action_type": "InstanceStart" }));
         assert!(refusal.contains("not a drive's layer"), "{refusal}");
     }

@@ -13,6 +13,7 @@
 //! nothing here keeps a thread from connecting to a socket that has a path; the system-call filters do, save for vsock.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -140,12 +141,12 @@ impl Landlock {
         self.abi
     }
 
-    /// The first layer. `needed` is what the command line names; it and the devices stay in reach if other paths are to
-    /// be given up.
+    /// The first layer. `needed` is what the command line names and `proc` this process's directory in /proc, if it was
+    /// passed in; they and the devices stay in reach if other paths are to be given up.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub fn confine_process(&self, needed: &Grants) -> Result<(), Error> {
+    pub fn confine_process(&self, needed: &Grants, proc: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         let mut grants = Grants::default();
         let mut files = BitFlags::from(AccessFs::Execute);
         if !self.allowed.0.is_empty() {
@@ -163,7 +164,7 @@ impl Landlock {
             .handle_access(files)?
             .handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp)?
             .scope(Scope::Signal | Scope::AbstractUnixSocket)?;
-        restrict(ruleset, &grants)
+        restrict(ruleset, &grants, proc.filter(|_| !self.allowed.0.is_empty()))
     }
 
     /// The layer of the API thread and of the vCPUs.
@@ -171,7 +172,7 @@ impl Landlock {
     /// # Errors
     /// The kernel refuses it.
     pub fn confine_thread(&self) -> Result<(), Error> {
-        restrict(Ruleset::default().handle_access(every_right())?, &Grants::default())
+        restrict(Ruleset::default().handle_access(every_right())?, &Grants::default(), None)
     }
 
     /// The layer of the vmm thread: `grants`, and what was asked for with `--allow-path`.
@@ -181,7 +182,7 @@ impl Landlock {
     pub fn confine_vmm(&self, grants: &Grants) -> Result<(), Error> {
         let mut all = self.allowed.clone();
         all.0.extend_from_slice(&grants.0);
-        restrict(Ruleset::default().handle_access(every_right())?, &all)?;
+        restrict(Ruleset::default().handle_access(every_right())?, &all, None)?;
         PATHS_RESTRICTED.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -192,8 +193,12 @@ fn every_right() -> BitFlags<AccessFs> {
     AccessFs::from_all(NEWEST)
 }
 
-fn restrict(ruleset: Ruleset, grants: &Grants) -> Result<(), Error> {
+/// Puts a layer on this thread that leaves `grants`, and reading below the directory `open`.
+fn restrict(ruleset: Ruleset, grants: &Grants, open: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     let mut layer = ruleset.create()?;
+    if let Some(open) = open {
+        layer = layer.add_rule(PathBeneath::new(open, AccessFs::ReadFile))?;
+    }
     for (path, access) in &grants.0 {
         // What is not there cannot be used, and what comes to be there later is not what was meant.
         if let Ok(opened) = PathFd::new(path) {

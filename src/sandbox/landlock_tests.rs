@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::thread;
 
@@ -34,7 +35,7 @@ fn the_process_executes_nothing_and_speaks_no_tcp() {
         let landlock = landlock(&[]);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        landlock.confine_process(&Grants::default()).unwrap();
+        landlock.confine_process(&Grants::default(), None).unwrap();
         assert!(denied(std::process::Command::new("/bin/true").status()));
         assert!(fs::read("/proc/self/status").is_ok(), "paths are left");
         if landlock.abi() >= 4 {
@@ -95,17 +96,18 @@ fn with_allowed_paths_the_rest_is_gone_from_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
     confined(move || {
-        for name in ["ro", "rw", "needed", "other"] {
+        for name in ["ro", "rw", "needed", "open", "other"] {
             fs::create_dir(path.join(name)).unwrap();
             fs::write(path.join(name).join("file"), "x").unwrap();
         }
         let mut needed = Grants::default();
         needed.read(&path.join("needed/file"));
-        let (ro, rw) = (path.join("ro"), path.join("rw"));
-        landlock(&[(&ro, false), (&rw, true)]).confine_process(&needed).unwrap();
+        let (ro, rw, open) = (path.join("ro"), path.join("rw"), File::open(path.join("open")).unwrap());
+        landlock(&[(&ro, false), (&rw, true)]).confine_process(&needed, Some(open.as_fd())).unwrap();
         assert!(fs::read(ro.join("file")).is_ok() && denied(fs::write(ro.join("file"), "y")));
         fs::write(rw.join("file"), "y").unwrap();
         assert!(fs::read(path.join("needed/file")).is_ok());
+        assert!(fs::read(path.join("open/file")).is_ok());
         assert!(denied(fs::read(path.join("other/file"))));
     });
 }

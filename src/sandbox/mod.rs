@@ -8,6 +8,7 @@ pub mod seccomp;
 pub mod syscalls;
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::config::{SandboxConfig, SeccompConfig};
@@ -54,13 +55,13 @@ impl Sandbox {
         Ok(Self(Arc::new(Layers { filters, landlock })))
     }
 
-    /// Before there are other threads: what no part of the process needs, save for `needed`.
+    /// Before there are other threads: what no part of the process needs, save for `needed` and for what is below `proc`.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub fn confine_process(&self, needed: &Grants) -> Result<(), Error> {
+    pub fn confine_process(&self, needed: &Grants, proc: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         let Some(landlock) = &self.0.landlock else { return Ok(()) };
-        landlock.confine_process(needed)?;
+        landlock.confine_process(needed, proc)?;
         METRICS.sandbox.landlock_layers.inc();
         Ok(())
     }
