@@ -43,6 +43,8 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+#[cfg(test)]
+mod generated;
 pub mod kvm;
 pub mod log;
 pub mod machine;

@@ -1,5 +1,6 @@
-//! That every rule of the system-call filters is needed: a microVM with all devices busy is watched by strace, and what
-//! it never does must be marked in `resources/seccomp/x86_64.json` as rare, with the path that needs it.
+//! That every rule of the system-call filters is needed: the kernel's tracepoint notes what a microVM with all devices
+//! busy does, and what it never does must be marked in `resources/seccomp/x86_64.json` as rare, with the path that needs
+//! it.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -9,77 +10,118 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
-use common::{Guest, MicroVm, artefact, wait_until};
+use common::snapshot::Snapshot;
+use common::tap::{Tap, mac};
+use common::{Guest, MicroVm, artefact};
 use serde_json::{Value, json};
+use vesicle::sandbox::syscalls;
 
 const FILTERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/resources/seccomp/x86_64.json");
 
-/// A system call as strace saw it: its name and its arguments, as far as they were printed.
+/// A system call: its name and its arguments.
 #[derive(Debug, PartialEq)]
 struct Call {
     name: String,
     arguments: Vec<u64>,
 }
 
-/// Takes a line such as `12<vcpu0> ioctl(0x14, 0xae80, 0) = 0` apart: the kind of thread, the call.
+/// Takes a line of the trace such as `vcpu0-12 [000] ..... 1.2: sys_enter: NR 16 (14, ae80, 0, 0, 0, 0)` apart: the kind
+/// of thread, the call.
 fn parse(line: &str) -> Option<(&'static str, Call)> {
-    let (thread, rest) = line.split_once("> ")?;
-    let thread = match thread.split_once('<')?.1 {
+    let (thread, rest) = line.split_once(" [")?;
+    let thread = match thread.trim().rsplit_once('-')?.0 {
         "api" => "api",
-        "memory" => "memory",
         vcpu if vcpu.starts_with("vcpu") => "vcpu",
+        "memory" => "memory",
         _ => "vmm",
     };
-    let (name, rest) = rest.trim_start().split_once('(')?;
-    let arguments = rest.split([')', '<']).next()?;
-    let number = |text: &str| match text.trim().strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.trim().parse().ok(),
-    };
-    Some((thread, Call { name: name.to_owned(), arguments: arguments.split(',').map_while(number).collect() }))
+    let (number, arguments) = rest.split_once("sys_enter: NR ")?.1.split_once(" (")?;
+    let name = syscalls::name(number.parse().ok()?).map_or_else(|| number.to_owned(), str::to_owned);
+    let arguments = arguments.trim_end_matches(')').split(", ");
+    Some((thread, Call { name, arguments: arguments.map_while(|a| u64::from_str_radix(a, 16).ok()).collect() }))
 }
 
-/// Whether a rule allows a call. What was not printed may be anything.
+/// Whether a rule allows a call.
 fn allows(rule: &Value, call: &Call) -> bool {
     let holds = |condition: &Value| {
         let index = condition["index"].as_u64().unwrap() as usize;
         let wanted = condition["val"].as_u64().unwrap();
         // The mask of masked_eq, or all of the lower half.
         let mask = condition["op"]["masked_eq"].as_u64().unwrap_or(u32::MAX.into());
-        call.arguments.get(index).is_none_or(|value| value & mask == wanted)
+        call.arguments[index] & mask == wanted
     };
     rule["syscall"] == call.name.as_str()
         && rule["args"].as_array().is_none_or(|conditions| conditions.iter().all(holds))
 }
 
 #[test]
-fn a_line_of_strace_is_understood() {
+fn a_line_of_the_trace_is_understood() {
     let call = |name: &str, arguments: &[u64]| Call { name: name.to_owned(), arguments: arguments.to_vec() };
-    assert_eq!(parse("12<vcpu0> ioctl(0x14, 0xae80, 0)   = 0"), Some(("vcpu", call("ioctl", &[0x14, 0xae80, 0]))));
-    assert_eq!(parse("7<vesicle> futex(0x7f, 0x89 <unfinished ...>"), Some(("vmm", call("futex", &[0x7f, 0x89]))));
-    assert_eq!(parse("9<api> <... read resumed>) = 0x8"), None);
+    let line = |thread: &str, rest: &str| parse(&format!("  {thread}-12  [000] .....  1.25: sys_enter: NR {rest}"));
+    assert_eq!(line("vcpu0", "16 (14, ae80, 0)"), Some(("vcpu", call("ioctl", &[0x14, 0xae80, 0]))));
+    assert_eq!(line("vesicle", "202 (7f, 89)"), Some(("vmm", call("futex", &[0x7f, 0x89]))));
+    assert_eq!(parse("# entries-in-buffer/entries-written: 3/3   #P:2"), None);
     let rule = json!({"syscall": "mmap", "args": [{"index": 2, "op": {"masked_eq": 4}, "val": 0}]});
     assert!(allows(&rule, &call("mmap", &[0, 4096, 3])) && !allows(&rule, &call("mmap", &[0, 4096, 5])));
     let rule = json!({"syscall": "ioctl", "args": [{"index": 1, "op": "eq", "val": 0xae80}]});
     assert!(allows(&rule, &call("ioctl", &[3, 0xae80, 0])) && !allows(&rule, &call("ioctl", &[3, 0xae81, 0])));
 }
 
-/// Watches a process until it ends.
-fn watch(pid: u32, output: &Path) -> Child {
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-q", "--decode-pids=comm", "-e", "raw=all", "-o"]).arg(output);
-    let mut strace = strace.args(["-p", &pid.to_string()]).stderr(Stdio::piped()).spawn().unwrap();
-    let traced =
-        || fs::read_to_string(format!("/proc/{pid}/status")).unwrap().contains(&format!("TracerPid:\t{}", strace.id()));
-    wait_until(traced);
-    drop(strace.stderr.take());
-    strace
+/// The kernel's notes of the system calls of processes. They go when this is dropped.
+struct Trace(&'static Path);
+
+impl Trace {
+    fn new() -> Self {
+        let tracing = Path::new("/sys/kernel/tracing");
+        if !tracing.join("instances").exists() {
+            common::tap::host("mount -t tracefs tracefs /sys/kernel/tracing");
+        }
+        let trace = Self(Path::new("/sys/kernel/tracing/instances/vesicle"));
+        fs::create_dir(trace.0).unwrap();
+        trace.set("buffer_size_kb", "65536");
+        trace
+    }
+
+    fn set(&self, file: &str, value: &str) {
+        fs::OpenOptions::new()
+            .append(true)
+            .open(self.0.join(file))
+            .and_then(|mut f| f.write_all(value.as_bytes()))
+            .unwrap();
+    }
+
+    /// Notes what the threads that a process has now do from now on.
+    fn watch(&self, pid: u32) {
+        for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            self.set("set_event_pid", task.unwrap().file_name().to_str().unwrap());
+        }
+        self.set("events/raw_syscalls/sys_enter/enable", "1");
+    }
+
+    /// By kind of thread.
+    fn calls(&self) -> BTreeMap<&'static str, Vec<Call>> {
+        self.set("tracing_on", "0");
+        let text = fs::read_to_string(self.0.join("trace")).unwrap();
+        let counts = text.split_once("entries-written: ").unwrap().1.split_whitespace().next().unwrap();
+        let (kept, written) = counts.split_once('/').unwrap();
+        assert_eq!(kept, written, "the buffer is too small");
+        let mut calls: BTreeMap<&str, Vec<Call>> = BTreeMap::new();
+        for (thread, call) in text.lines().filter_map(parse) {
+            calls.entry(thread).or_default().push(call);
+        }
+        calls
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.0);
+    }
 }
 
 /// Uses every device and every command there is.
-fn keep_busy(vm: &mut MicroVm) {
+fn keep_busy(vm: &mut MicroVm, tap: &Tap) {
     let dir = vm.dir().to_owned();
     vm.ok("cat /dev/vdc >/run/vsock && chmod +x /run/vsock");
     for drive in ["vda", "vdb"] {
@@ -109,11 +151,8 @@ fn keep_busy(vm: &mut MicroVm) {
     vm.finish(common::PATIENCE);
     // The driver takes its device anew.
     vm.ok("cd /sys/bus/virtio/drivers/virtio_net && device=$(ls -d virtio*) && echo $device >unbind && echo $device >bind");
-    vm.ok("ip link set eth0 up && ip addr add 172.31.77.2/24 dev eth0 && ping -c 2 172.31.77.1");
-    vm.pause();
-    let snapshot = json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") });
-    vm.put("/snapshot/create", &snapshot);
-    vm.resume();
+    tap.set_up(vm, "eth0");
+    vm.ok(&format!("ping -c 2 {}", tap.host()));
     for _ in 0..3 {
         vm.get("/vm/config");
     }
@@ -121,41 +160,44 @@ fn keep_busy(vm: &mut MicroVm) {
 }
 
 #[test]
-#[ignore = "a watched microVM takes very long where the processor is emulated: run it on a host with KVM"]
 fn every_rule_of_the_filters_is_used_or_rare() {
-    let run = |line: &str| assert!(Command::new("sh").args(["-c", line]).status().unwrap().success(), "{line}");
-    run("ip tuntap add vesicle-strace mode tap vnet_hdr && ip addr add 172.31.77.1/24 dev vesicle-strace");
-    run("ip link set vesicle-strace up");
     let drive = |engine: &str| json!({ "discard": true, "io_engine": engine, "cache_type": "Writeback" });
-    let images = tempfile::tempdir().unwrap();
+    let images = common::tempdir();
     let image = |name: &str| {
         let path = images.path().join(name);
         fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
         path
     };
+    let (trace, tap) = (Trace::new(), Tap::new());
     let mut vm = Guest::tuned()
+        .argument("--allow-path=/")
         .drive("sync", &image("one"), drive("Sync"))
         .drive("async", &image("two"), drive("Async"))
         .drive("tool", &artefact("vsock"), json!({ "is_read_only": true }))
+        .interface("net", &tap.name, mac(tap.net))
         .configure();
     fs::File::create(vm.dir().join("next")).unwrap().set_len(1 << 20).unwrap();
     vm.put("/vsock", &json!({ "guest_cid": 3, "uds_path": vm.dir().join("v.sock") }));
-    vm.put("/network-interfaces/net", &json!({ "iface_id": "net", "host_dev_name": "vesicle-strace" }));
     vm.start();
     vm.wait_until_ready();
-    // From here on: a guest that is watched while it boots takes minutes, and every thread is under its filter now.
-    let trace = vm.dir().join("strace");
-    let mut strace = watch(vm.pid(), &trace);
-    keep_busy(&mut vm);
+    // From here on: every thread is under its filter now.
+    trace.watch(vm.pid());
+    keep_busy(&mut vm, &tap);
+    let snapshot = Snapshot::of(&vm);
+    vm.resume();
     vm.begin("sync; reboot -f");
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
-    strace.wait().unwrap();
-    run("ip link del vesicle-strace");
 
-    let mut calls: BTreeMap<&str, Vec<Call>> = BTreeMap::new();
-    for (thread, call) in fs::read_to_string(&trace).unwrap().lines().filter_map(parse) {
-        calls.entry(thread).or_default().push(call);
-    }
+    let mut vm = vm.successor_with(&["--allow-path=/"]);
+    vm.put("/snapshot/load", &snapshot.load());
+    vm.ok("true");
+    trace.watch(vm.pid());
+    vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
+    vm.ok("true");
+    vm.terminate();
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.log());
+
+    let calls = trace.calls();
     let filters: Value = serde_json::from_slice(&fs::read(FILTERS).unwrap()).unwrap();
     let mut unused = Vec::new();
     for (thread, filter) in filters.as_object().unwrap() {

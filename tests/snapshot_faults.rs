@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::snapshot::{Snapshot, told};
 use common::tap::host;
-use common::{Guest, MicroVm};
+use common::{Guest, MicroVm, Mode};
 use serde_json::json;
 use vesicle::machine::read_state;
 use vesicle::snapshot::memory;
@@ -88,11 +88,17 @@ fn from_copy(vm: MicroVm, snapshot: &Snapshot, copy: &Snapshot) -> MicroVm {
     let id = read_state(&snapshot.state).unwrap().0;
     let its =
         |path: &Path| fs::File::open(path).is_ok_and(|file| memory::identify(&file).is_ok_and(|(_, own)| own == id));
-    fs::copy(&snapshot.state, &copy.state).unwrap();
-    fs::copy(memory.into_iter().find(|path| its(path)).unwrap(), &copy.memory).unwrap();
+    copied(&snapshot.state, &copy.state);
+    copied(&memory.into_iter().find(|path| its(path)).unwrap(), &copy.memory);
     let vm = vm.successor_with(&["--allow-path=/"]);
     vm.put("/snapshot/load", &copy.load());
     vm
+}
+
+/// A copy that the VMM may read, whoever it is.
+fn copied(file: &Path, copy: &Path) {
+    fs::copy(file, copy).unwrap();
+    fs::set_permissions(copy, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
 }
 
 #[test]
@@ -119,7 +125,7 @@ fn a_vmm_that_is_killed_while_it_saves_leaves_the_snapshot_before() {
     told(&["verify"], &[&snapshot.state, &snapshot.memory]);
 
     // Between the two steps that put it in place.
-    fs::copy(&snapshot.state, &copy.state).unwrap();
+    copied(&snapshot.state, &copy.state);
     fs::rename(&snapshot.memory, memory::previous(&snapshot.memory)).unwrap();
     for next in [None, Some(b"of the next".as_slice())] {
         if let Some(content) = next {
@@ -135,7 +141,8 @@ fn a_vmm_that_is_killed_while_it_saves_leaves_the_snapshot_before() {
 
 #[test]
 fn a_full_disk_leaves_the_snapshot_before_and_the_guest_goes_on() {
-    let mut vm = Guest::tuned().argument("--allow-path=/").boot();
+    // What is mounted later is in no jail.
+    let mut vm = Guest::tuned().mode(Mode::Plain).argument("--allow-path=/").boot();
     vm.ok("echo first >/run/note");
     let small = tempfile::tempdir().unwrap();
     let mount = |options: &str| host(&format!("mount -t tmpfs -o {options} none {}", small.path().display()));

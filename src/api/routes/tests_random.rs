@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::tests::{configure, fault};
 use super::*;
 use crate::config::*;
+use crate::generated::inputs;
 
 fn bucket() -> impl Strategy<Value = Option<TokenBucketConfig>> {
     any::<(u64, u64, u64)>().prop_map(|(size, refill, burst)| TokenBucketConfig::new(size, refill, burst))
@@ -198,7 +199,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(inputs(2000))]
 
     #[test]
     fn any_request_is_understood_or_refused_in_the_documented_shape(method in method(), path in path(), body in body()) {

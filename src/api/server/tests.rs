@@ -370,7 +370,7 @@ fn the_contract_and_the_metrics_are_served() {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config { cases: 300, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(crate::generated::inputs(300))]
 
     /// Requests that are cut, doubled, overwritten or nothing of the sort; then one that is right.
     #[test]

@@ -214,6 +214,21 @@ impl Guest {
         self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).unwrap();
     }
 
+    /// The queue's descriptor table.
+    pub fn table(&self) -> u64 {
+        self.of_queue(DESCRIPTORS)
+    }
+
+    /// Begins the queue anew, after a reset of the device.
+    pub fn forget(&self) {
+        let queue = self.queue();
+        for at in [&queue.next_descriptor, &queue.next_available, &queue.next_used] {
+            at.set(0);
+        }
+        self.set_available_index(0);
+        self.memory.write_obj(0u16, GuestAddress(self.of_queue(USED) + 2)).unwrap();
+    }
+
     /// Writes a descriptor of the queue.
     pub fn descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
         self.descriptor_at(self.of_queue(DESCRIPTORS), index, address, length, flags, next);

@@ -12,6 +12,7 @@ use super::block::Block;
 use super::testing::*;
 use super::{Buffers, Device, Interrupt, Virtqueue, Windows};
 use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterConfig};
+use crate::generated::inputs;
 use crate::metrics;
 
 /// A few descriptors, so that chains meet often.
@@ -32,14 +33,14 @@ fn length() -> impl Strategy<Value = u32> {
 }
 
 #[derive(Debug, Clone)]
-struct Descriptor {
+pub struct Descriptor {
     address: u64,
     length: u32,
     flags: u16,
     next: u16,
 }
 
-fn descriptor() -> impl Strategy<Value = Descriptor> {
+pub fn descriptor() -> impl Strategy<Value = Descriptor> {
     let flags = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
     (address(), length(), flags, 0..=SIZE).prop_map(|(address, length, flags, next)| Descriptor {
         address,
@@ -49,7 +50,7 @@ fn descriptor() -> impl Strategy<Value = Descriptor> {
     })
 }
 
-fn write_table(guest: &Guest, table: u64, descriptors: &[Descriptor]) {
+pub fn write_table(guest: &Guest, table: u64, descriptors: &[Descriptor]) {
     for (i, d) in descriptors.iter().enumerate() {
         guest.descriptor_at(table, i as u16, d.address, d.length, d.flags, d.next);
     }
@@ -138,7 +139,7 @@ fn assert_recovers(guest: &Guest, file: &std::fs::File) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(inputs(100))]
 
     /// Any sequence of register accesses and kicks, with any descriptors behind them.
     #[test]

@@ -171,7 +171,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(crate::generated::inputs(64))]
 
         #[test]
         fn a_bitmap_is_a_set_of_sectors(ranges in prop::collection::vec(range(), 0..6), asked in range()) {

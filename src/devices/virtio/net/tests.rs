@@ -21,6 +21,7 @@ const TX: usize = 1;
 const TYPE: u16 = 0x88b5;
 
 mod limits;
+mod random;
 mod service;
 
 /// The host's side: the interface of a TAP, and a socket that sends and receives whole frames there.
@@ -84,9 +85,14 @@ impl Host {
     }
 
     fn send(&self, frame: &[u8]) {
+        assert!(self.try_send(frame), "{}", io::Error::last_os_error());
+    }
+
+    /// Whether there was room for it.
+    fn try_send(&self, frame: &[u8]) -> bool {
         // SAFETY: the frame is valid for reading.
         let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-        assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
+        sent == frame.len() as isize
     }
 
     /// What has arrived.

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::testing::*;
 use crate::devices::virtio::testing::readable;
+use crate::generated::inputs;
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -147,7 +148,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(inputs(60))]
 
     #[test]
     fn no_random_sequence_of_packets_and_peers_breaks_the_vsock(steps in prop::collection::vec(step(), 1..80)) {
