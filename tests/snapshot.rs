@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::snapshot::{Snapshot, allocated, told, told_by, vesicle};
+use common::snapshot::{Snapshot, allocated, copied, share, told, told_by, vesicle};
 use common::{Guest, MicroVm};
 use serde_json::{Value, json};
 
@@ -133,7 +133,7 @@ fn a_diff_merged_into_its_base_is_what_the_guest_is() {
     assert!(refusal.contains("in use by this microVM"), "{refusal}");
     assert!(vm.refused_put("/snapshot/create", &snapshot.create("Full")).contains("in use"));
     let merged = Snapshot::new();
-    fs::copy(&snapshot.memory, &merged.memory).unwrap();
+    copied(&snapshot.memory, &merged.memory);
     vm.put("/snapshot/create", &merged.create("Diff"));
     let alone = Snapshot::new();
     vm.put("/snapshot/create", &alone.create("Diff"));
@@ -171,6 +171,7 @@ fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
     let diff_memory = merged.state.with_file_name("memory");
     let output = format!("--output={}", merged.memory.display());
     told(&["merge", &output], &[&base.memory, &diff_memory]);
+    share(&merged.memory);
     told(&["verify"], &[&merged.state, &merged.memory]);
     let output = Command::new(vesicle().with_file_name("vesiclectl"))
         .args(["snapshot", "verify"])
@@ -268,7 +269,7 @@ fn with_track_dirty_pages_a_diff_holds_what_was_written_since_the_last_snapshot(
         assert!(allocated(&alone.memory) < whole / 4, "{} of {whole}", allocated(&alone.memory));
         merge(&alone.memory, &snapshot.memory);
         assert_ne!(fs::read(&snapshot.memory).unwrap(), merged);
-        fs::copy(&alone.state, &snapshot.state).unwrap();
+        copied(&alone.state, &snapshot.state);
     }
     vm.kill();
     let mut vm = vm.successor();

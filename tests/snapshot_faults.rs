@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use common::snapshot::{Snapshot, told};
+use common::snapshot::{Snapshot, copied, told};
 use common::tap::host;
 use common::{Guest, MicroVm, Mode};
 use serde_json::json;
@@ -93,12 +93,6 @@ fn from_copy(vm: MicroVm, snapshot: &Snapshot, copy: &Snapshot) -> MicroVm {
     let vm = vm.successor_with(&["--allow-path=/"]);
     vm.put("/snapshot/load", &copy.load());
     vm
-}
-
-/// A copy that the VMM may read, whoever it is.
-fn copied(file: &Path, copy: &Path) {
-    fs::copy(file, copy).unwrap();
-    fs::set_permissions(copy, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
 }
 
 #[test]

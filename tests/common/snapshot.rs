@@ -1,7 +1,7 @@
 //! Snapshots of guests.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -66,4 +66,15 @@ pub fn told_by(program: &Path, arguments: &[&str], files: &[&Path]) -> String {
     let output = Command::new(program).args(arguments).args(files).output().unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Copies a file for the VMM, whoever it is.
+pub fn copied(file: &Path, copy: &Path) {
+    fs::copy(file, copy).unwrap();
+    share(copy);
+}
+
+/// Lets the VMM use a file of ours, whoever it is.
+pub fn share(file: &Path) {
+    fs::set_permissions(file, PermissionsExt::from_mode(0o666)).unwrap();
 }

@@ -90,6 +90,11 @@ impl Link {
         }
     }
 
+    fn note_end(&mut self, events: EventSet) {
+        self.ending |= events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
+        self.hung_up |= events.intersects(EventSet::HANG_UP | EventSet::ERROR);
+    }
+
     /// Something for the guest that may be sent.
     pub fn has_something(&self) -> bool {
         self.connection.owes() || self.readable && self.connection.window() > 0
@@ -180,11 +185,10 @@ impl Muxer {
 
     fn on_peer_event(&mut self, slot: u16, events: EventSet) {
         match self.occupant(slot) {
-            Some(Occupant::Greeting(..)) => self.greet(slot),
+            Some(Occupant::Greeting(..)) => self.greet(slot, events),
             Some(Occupant::Connected(link)) => {
                 link.readable |= events != EventSet::OUT;
-                link.ending |= events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
-                link.hung_up |= events.intersects(EventSet::HANG_UP | EventSet::ERROR);
+                link.note_end(events);
                 if events.contains(EventSet::OUT) {
                     flush(link);
                 }
@@ -225,7 +229,7 @@ impl Muxer {
     }
 
     /// Looks whether a host peer has said what it wants.
-    fn greet(&mut self, slot: u16) {
+    fn greet(&mut self, slot: u16, events: EventSet) {
         let Some(Occupant::Greeting(peer, _)) = self.occupant(slot) else { return };
         let greeting = peer.greeting();
         if greeting == Greeting::Incomplete {
@@ -239,8 +243,9 @@ impl Muxer {
         };
         let ports = Ports { host: self.unused_port(guest), guest };
         let mut link = Link::new(Connection::from_host(ports), peer);
-        // More than the line may have come with it.
+        // More than the line may have come with it, and the end.
         link.readable = true;
+        link.note_end(events);
         self.insert(slot, link);
     }
 

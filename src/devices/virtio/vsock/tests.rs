@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::connection::BUF_ALLOC;
@@ -58,6 +59,20 @@ fn data_comes_with_the_line_that_asks_and_waits_for_the_answer() {
     assert_eq!(rig.ops(), [0; 0]);
     rig.send(port, 52, RESPONSE);
     assert_eq!(rig.data(), b"early");
+    assert_eq!(read_line(&mut stream), format!("OK {port}"));
+}
+
+#[test]
+fn the_end_comes_with_the_line_that_asks_too() {
+    let rig = Rig::ready();
+    let mut stream = UnixStream::connect(rig.path()).unwrap();
+    stream.write_all(b"CONNECT 52\nquestion").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    rig.run();
+    let port = rig.one().host_port;
+    rig.send(port, 52, RESPONSE);
+    let seen = rig.seen();
+    assert_eq!(seen.iter().map(|packet| (packet.op, packet.flags)).collect::<Vec<_>>(), [(DATA, 0), (SHUTDOWN, 2)]);
     assert_eq!(read_line(&mut stream), format!("OK {port}"));
 }
 
