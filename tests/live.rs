@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::snapshot::{Snapshot, copied, told};
+use common::snapshot::{Snapshot, told};
 use common::{Guest, MicroVm, wait_until};
 use serde_json::{Value, json};
 
@@ -71,7 +71,7 @@ fn a_guest_works_on_while_a_live_snapshot_is_made_and_so_does_its_clone() {
     assert_ne!(vm.run("cat /run/more").1, 0);
     vm.kill();
     told(&["merge"], &[&full.memory, &diff.memory]);
-    copied(&diff.state, &full.state);
+    common::snapshot::copied(&diff.state, &full.state);
     let mut vm = vm.successor();
     vm.put("/snapshot/load", &full.load());
     works(&mut vm);

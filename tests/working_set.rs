@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File};
 use std::path::Path;
 
-use common::snapshot::{Snapshot, told, vesicle};
+use common::snapshot::{Snapshot, share, told, vesicle};
 use common::{Guest, MicroVm, wait_until};
 use serde_json::{Value, json};
 use vesicle::snapshot::memory;
@@ -62,6 +62,7 @@ fn a_working_set_that_was_recorded_is_populated_beside_the_guest() {
     let file = snapshot.dir.path().join("working-set");
     let (output, pid) = (format!("--output={}", file.display()), format!("--pid={}", vm.pid()));
     told(&["record", &output, &pid], &[&snapshot.state, &snapshot.memory]);
+    share(&file);
     vm.kill();
     let runs = read(&file, &snapshot);
     let (all, written) = (bytes(&runs, |_| true), bytes(&runs, |run| run.written));
@@ -114,7 +115,9 @@ fn told_record(snapshot: &Snapshot, command: &[&str]) -> String {
     let output = format!("--output={}", snapshot.dir.path().join("working-set").display());
     let vmm = format!("--vesicle={}", vesicle().display());
     let command: Vec<_> = command.iter().map(Path::new).collect();
-    told(&["record", &output, &vmm], &[&[&*snapshot.state, &*snapshot.memory], &*command].concat())
+    let said = told(&["record", &output, &vmm], &[&[&*snapshot.state, &*snapshot.memory], &*command].concat());
+    share(&snapshot.dir.path().join("working-set"));
+    said
 }
 
 #[test]

@@ -105,19 +105,11 @@ impl Jail {
 
     /// Copies a file into the jail, to its own path, if it is not there.
     fn bring(&self, file: &Path) {
-        static ONE: Mutex<()> = Mutex::new(());
-        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         if file.starts_with(self.base.path()) {
             // It may be a copy that has the mode of what it was copied from.
             return self.give(file);
         }
-        let inside = self.inside(file);
-        if inside.exists() {
-            return;
-        }
-        fs::create_dir_all(inside.parent().unwrap()).unwrap();
-        fs::copy(file, &inside).unwrap();
-        fs::set_permissions(&inside, Permissions::from_mode(0o666)).unwrap();
+        copy_once(file, &self.inside(file), 0o666);
     }
 
     /// The jailer, with the descriptors that it leaves open.
@@ -127,13 +119,9 @@ impl Jail {
         let mut programs = [JAILER.clone(), vesicle.to_owned()];
         if self.mode == Mode::Rootless {
             // The user may not be allowed to go where they were built.
-            let bin = self.base.path().join("bin");
-            fs::create_dir_all(&bin).unwrap();
             for program in &mut programs {
-                let copy = bin.join(program.file_name().unwrap());
-                if !copy.exists() {
-                    fs::copy(&*program, &copy).unwrap();
-                }
+                let copy = self.base.path().join("bin").join(program.file_name().unwrap());
+                copy_once(program, &copy, 0o755);
                 *program = copy;
             }
         }
@@ -149,6 +137,17 @@ impl Jail {
         }
         command.args(passed.iter().map(|fd| format!("--pass-fd={fd}"))).arg("--");
         command
+    }
+}
+
+/// Copies a file to where all tests of a jail look for it, and one of them may find none.
+fn copy_once(file: &Path, to: &Path, mode: u32) {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !to.exists() {
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+        fs::set_permissions(to, Permissions::from_mode(mode)).unwrap();
     }
 }
 
