@@ -146,6 +146,8 @@ fn keep_busy(vm: &mut MicroVm, tap: &Tap) {
     let listener = UnixListener::bind(dir.join("v.sock_6000")).unwrap();
     vm.begin("echo hello | /run/vsock pipe 6000");
     let mut stream = listener.accept().unwrap().0;
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
     stream.write_all(b"world").unwrap();
     drop(stream);
     vm.finish(common::PATIENCE);
