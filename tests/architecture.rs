@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("metrics", &[]),
     ("log", &[]),
     ("random", &[]),
+    ("generated", &[]),
     ("sandbox", &[]),
     ("signals", &["sandbox"]),
     ("socket", &[]),
@@ -43,7 +44,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &["control"]),
     ("cli", &["api", "snapshot"]),
 ];
-const EVERYBODYS: &[&str] = &["random", "config", "metrics", "log", "warn_limited"];
+const EVERYBODYS: &[&str] = &["random", "generated", "config", "metrics", "log", "warn_limited"];
 
 fn sources(at: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(at).expect("a source directory").map(|entry| entry.expect("an entry").path()) {
