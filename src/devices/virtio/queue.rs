@@ -386,14 +386,18 @@ impl Virtqueue {
 ///
 /// The table at `table` has more than `index` descriptors, all in mapped memory.
 unsafe fn read_descriptor(table: *const u8, index: u16) -> Descriptor {
+    /// Numbers that may lie anywhere, since an indirect table may: two loads, where bytes are sixteen.
+    #[repr(C, packed)]
+    struct Raw(u64, u64);
     let at = table.wrapping_add(usize::from(index) * DESCRIPTOR_SIZE as usize);
-    // SAFETY: by this function's contract; an indirect table may be anywhere, so bytes are read.
-    let bytes = u128::from_le_bytes(unsafe { ptr::read_volatile(at.cast()) });
+    // SAFETY: by this function's contract; the type has no alignment, and every value is one of it.
+    let Raw(address, rest) = unsafe { ptr::read_volatile(at.cast()) };
+    let rest = u64::from_le(rest);
     Descriptor {
-        address: bytes as u64,
-        length: (bytes >> 64) as u32,
-        flags: (bytes >> 96) as u16,
-        next: (bytes >> 112) as u16,
+        address: u64::from_le(address),
+        length: rest as u32,
+        flags: (rest >> 32) as u16,
+        next: (rest >> 48) as u16,
     }
 }
 
