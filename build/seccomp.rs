@@ -2,12 +2,12 @@
 //!
 //! When a filter is installed the kernel runs it once for every system call there is, to know which ones need no second
 //! look, and translates it to machine code: what counts is how few statements there are, and how few of them decide about
-//! a number. So a number is found by bisection, what follows for it is shared, and an argument is loaded once. A test
-//! holds the result against what seccompiler makes of the same file.
+//! a number. So a number is found by the cheapest mix of bisection and comparison, what follows for it is shared, and an
+//! argument is loaded once. A test holds the result against what seccompiler makes of the same file.
 //!
 //! ```text
-//!  architecture ─▶ number, by bisection ─┬─▶ arguments of that call ─┬─▶ allow
-//!                                        └──────────────┬────────────┴─▶ trap
+//!  architecture ─▶ number ─┬─▶ arguments of that call ─┬─▶ allow
+//!                          └──────────────┬────────────┴─▶ trap
 //! ```
 
 use std::collections::BTreeMap;
@@ -42,9 +42,6 @@ const TRAP: u32 = 0x0003_0000;
 const KILL_PROCESS: u32 = 0x8000_0000;
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
 const X86_64: u32 = 0xc000_003e;
-
-/// About how many system calls there are, of which the last are newer than any that is allowed.
-const NUMBERS: u32 = 470;
 
 /// The lower half of argument `index`, masked, must be `value`.
 struct Condition {
@@ -95,24 +92,25 @@ impl Program {
         self.labels[label] = self.statements.len();
     }
 
-    /// Decides about a number: `ranges` begin where they say and end where the next one begins, the last one at `end`.
-    /// The kernel tries every number, so both sides of a comparison have about as many of them.
-    fn bisect(&mut self, ranges: &[(u32, Target)], end: u32) {
-        let middle = (ranges[0].0 + end) / 2;
-        let off = |index: &usize| ranges[*index].0.abs_diff(middle);
-        let split = (1..ranges.len()).min_by_key(off).unwrap_or(1);
-        let (left, right) = ranges.split_at(split);
-        let at = self.statements.len();
-        self.push(JUMP_GREATER_OR_EQUAL, right[0].0, right[0].1, left[0].1);
-        if left.len() > 1 {
-            self.statements[at].no = Target::Next;
-            self.bisect(left, right[0].0);
+    /// Decides about the numbers of `ranges[from..to]`, which are two ranges or more.
+    fn decide(&mut self, ranges: &Ranges, from: usize, to: usize) {
+        let Some(at) = ranges.plan[&(from, to)].split else {
+            let numbers: Vec<_> = ranges.accepted(from, to).collect();
+            for (index, (number, target)) in numbers.iter().enumerate() {
+                let no = if index + 1 == numbers.len() { Target::Trap } else { Target::Next };
+                self.push(JUMP_EQUAL, *number, *target, no);
+            }
+            return;
+        };
+        let right = if at + 1 == to { ranges.starts[at].1 } else { Target::Label(self.label()) };
+        let left = if from + 1 == at { ranges.starts[from].1 } else { Target::Next };
+        self.push(JUMP_GREATER_OR_EQUAL, ranges.starts[at].0, right, left);
+        if from + 1 < at {
+            self.decide(ranges, from, at);
         }
-        if right.len() > 1 {
-            let label = self.label();
+        if let (true, Target::Label(label)) = (at + 1 < to, right) {
             self.place(label);
-            self.statements[at].yes = Target::Label(label);
-            self.bisect(right, end);
+            self.decide(ranges, at, to);
         }
     }
 
@@ -164,6 +162,62 @@ impl Program {
     }
 }
 
+/// What a statement costs when it is translated, in the time that it takes to run it once.
+const TRANSLATE: u32 = 100;
+/// Numbers below this one are tried when a filter is installed.
+const NUMBERS: u32 = 512;
+
+/// All numbers, divided by what follows for them.
+struct Ranges {
+    /// The first number of each range, and what follows.
+    starts: Vec<(u32, Target)>,
+    /// How to decide about those from one range up to another.
+    plan: BTreeMap<(usize, usize), Plan>,
+}
+
+/// Where to split some ranges, if they are not told apart by comparing with each number that is accepted.
+struct Plan {
+    split: Option<usize>,
+    cost: u32,
+}
+
+impl Ranges {
+    /// Finds the cheapest plan by that of all parts, the small ones first.
+    fn new(starts: Vec<(u32, Target)>) -> Self {
+        let mut ranges = Self { starts, plan: BTreeMap::new() };
+        let count = ranges.starts.len();
+        for length in 1..=count {
+            for from in 0..=count - length {
+                let to = from + length;
+                let plan = ranges.cheapest(from, to);
+                ranges.plan.insert((from, to), plan);
+            }
+        }
+        ranges
+    }
+
+    fn cheapest(&self, from: usize, to: usize) -> Plan {
+        if from + 1 == to {
+            return Plan { split: None, cost: 0 };
+        }
+        let end = self.starts.get(to).map_or(NUMBERS, |next| next.0);
+        let statement = TRANSLATE + end.saturating_sub(self.starts[from].0);
+        let accepted = self.accepted(from, to).map(|_| 1).sum::<u32>();
+        let compare = Plan { split: None, cost: accepted * statement };
+        let split =
+            |at| Plan { split: Some(at), cost: statement + self.plan[&(from, at)].cost + self.plan[&(at, to)].cost };
+        (from + 1..to).map(split).chain([compare]).min_by_key(|plan| plan.cost).unwrap_or(Plan { split: None, cost: 0 })
+    }
+
+    /// Each number that is not refused.
+    fn accepted(&self, from: usize, to: usize) -> impl Iterator<Item = (u32, Target)> {
+        (from..to).filter(|at| self.starts[*at].1 != Target::Trap).flat_map(move |at| {
+            let end = self.starts.get(at + 1).map_or(NUMBERS, |next| next.0);
+            (self.starts[at].0..end).map(move |number| (number, self.starts[at].1))
+        })
+    }
+}
+
 /// Compiles the filter of one kind of thread.
 pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
     if filter["match_action"] != "allow" || filter["mismatch_action"] != "trap" {
@@ -197,7 +251,8 @@ pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
         }
         ranges.push((number + 1, Target::Trap));
     }
-    program.bisect(&ranges, NUMBERS);
+    let ranges = Ranges::new(ranges);
+    program.decide(&ranges, 0, ranges.starts.len());
     for (label, rules) in examined {
         program.place(label);
         program.examine(rules);

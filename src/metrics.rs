@@ -65,8 +65,6 @@ impl Gauge {
 
 /// How a metric is read, whatever its kind.
 trait Metric {
-    /// OpenMetrics: the type, and the suffix of a sample's name.
-    const KIND: (&'static str, &'static str);
     /// The total, or the last value.
     fn total(&self) -> u64;
     /// What the next line of the metrics file says.
@@ -74,8 +72,6 @@ trait Metric {
 }
 
 impl Metric for Counter {
-    const KIND: (&'static str, &'static str) = ("counter", "_total");
-
     fn total(&self) -> u64 {
         self.get()
     }
@@ -87,8 +83,6 @@ impl Metric for Counter {
 }
 
 impl Metric for Gauge {
-    const KIND: (&'static str, &'static str) = ("gauge", "");
-
     fn total(&self) -> u64 {
         self.get()
     }
@@ -98,16 +92,33 @@ impl Metric for Gauge {
     }
 }
 
-/// One metric of a group: its name in the group, what it means, its kind.
+/// One metric of a group.
 struct Field {
     name: &'static str,
     help: &'static str,
+    /// OpenMetrics: the type, and the suffix of a sample's name.
     kind: (&'static str, &'static str),
+}
+
+/// The metrics of a group, a line for each: name, type, meaning. Text, because a table of references would have to be
+/// relocated at every start.
+#[derive(Clone, Copy)]
+struct Fields(&'static str);
+
+impl Fields {
+    fn iter(self) -> impl Iterator<Item = Field> {
+        self.0.lines().filter_map(|line| {
+            let mut parts = line.splitn(3, ' ');
+            let (name, kind, help) = (parts.next()?, parts.next()?, parts.next()?);
+            let kind = if kind == "Counter" { ("counter", "_total") } else { ("gauge", "") };
+            Some(Field { name, help, kind })
+        })
+    }
 }
 
 /// A group of metrics, as it is shown.
 trait Group: Default {
-    const FIELDS: &[Field];
+    const FIELDS: Fields;
     fn totals(&self) -> Vec<u64>;
     fn take(&self) -> Vec<u64>;
 }
@@ -127,11 +138,9 @@ macro_rules! groups {
         }
 
         impl Group for $group {
-            const FIELDS: &[Field] = &[$(Field {
-                name: stringify!($field),
-                help: concat!($($help),+),
-                kind: <$kind as Metric>::KIND,
-            }),+];
+            // A documentation comment begins with a space.
+            const FIELDS: Fields =
+                Fields(concat!($(stringify!($field), " ", stringify!($kind), $($help,)+ "\n"),+));
 
             fn totals(&self) -> Vec<u64> {
                 vec![$(self.$field.total()),+]
@@ -160,7 +169,7 @@ macro_rules! metrics {
 
         impl Metrics {
             /// Calls `visit` with each group: its name, its fields, their values as `read` gets them.
-            fn visit(&self, read: Read, mut visit: impl FnMut(&'static str, &'static [Field], Vec<u64>)) {
+            fn visit(&self, read: Read, mut visit: impl FnMut(&'static str, Fields, Vec<u64>)) {
                 $(visit(stringify!($name), $group::FIELDS, match read {
                     Read::Total => self.$name.totals(),
                     Read::Take => self.$name.take(),
@@ -241,7 +250,7 @@ impl<G: Group> PerDevice<G> {
         let (group, label) = (self.group, self.label);
         let devices: Vec<_> = self.devices().iter().map(|(id, metrics)| (id.clone(), metrics.totals())).collect();
         for (index, field) in G::FIELDS.iter().enumerate() {
-            family(text, group, field);
+            family(text, group, &field);
             for (id, totals) in &devices {
                 let (name, suffix, total) = (field.name, field.kind.1, totals[index]);
                 let _ = writeln!(text, "vesicle_{group}_{name}{suffix}{{{label}=\"{id}\"}} {total}");
@@ -251,7 +260,7 @@ impl<G: Group> PerDevice<G> {
 
     /// A group for each device, and one for all of them together.
     fn json(&self, line: &mut String) {
-        let mut sums = vec![0; G::FIELDS.len()];
+        let mut sums = G::default().totals();
         for (id, metrics) in self.devices().iter() {
             let values = metrics.take();
             json_group(line, &format!("{}_{id}", self.group), G::FIELDS, &values);
@@ -264,7 +273,7 @@ impl<G: Group> PerDevice<G> {
 /// The heading of a metric. Writing to a string cannot fail.
 fn family(text: &mut String, group: &str, field: &Field) {
     let (kind, _) = field.kind;
-    let (name, help) = (field.name, field.help.trim_start());
+    let (name, help) = (field.name, field.help);
     let _ = writeln!(text, "# TYPE vesicle_{group}_{name} {kind}\n# HELP vesicle_{group}_{name} {help}");
 }
 
@@ -273,7 +282,7 @@ pub fn openmetrics() -> String {
     let mut text = String::with_capacity(12 << 10);
     METRICS.visit(Read::Total, |group, fields, totals| {
         for (field, total) in fields.iter().zip(totals) {
-            family(&mut text, group, field);
+            family(&mut text, group, &field);
             let _ = writeln!(text, "vesicle_{group}_{}{} {total}", field.name, field.kind.1);
         }
     });
@@ -360,7 +369,7 @@ fn json_line(prefix: &str) -> String {
     line
 }
 
-fn json_group(line: &mut String, group: &str, fields: &[Field], values: &[u64]) {
+fn json_group(line: &mut String, group: &str, fields: Fields, values: &[u64]) {
     // Writing to a string cannot fail.
     let _ = write!(line, ",\"{group}\":{{");
     for (index, (field, value)) in fields.iter().zip(values).enumerate() {

@@ -1,6 +1,6 @@
 //! The metrics themselves: name, meaning and kind of each.
 
-use super::{Counter, Field, Gauge, Group, Metric};
+use super::{Counter, Fields, Gauge, Group, Metric};
 
 groups! {
     /// The process's start and its API server.

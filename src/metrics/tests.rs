@@ -112,7 +112,7 @@ fn every_metric_is_counted_somewhere() {
     read(&source, &mut text);
     let mut idle = Vec::new();
     METRICS.visit(Read::Total, |group, fields, _| {
-        for Field { name, .. } in fields {
+        for Field { name, .. } in fields.iter() {
             // The table of endpoints names group and metric apart.
             let counted = [format!("{group}.{name}"), format!("{group} {name}"), format!(" {name}),")];
             if !counted.iter().any(|counted| text.contains(counted)) {
@@ -123,7 +123,7 @@ fn every_metric_is_counted_somewhere() {
     idle.extend(
         Block::FIELDS
             .iter()
-            .chain(Net::FIELDS)
+            .chain(Net::FIELDS.iter())
             .map(|field| format!(".{}", field.name))
             .filter(|name| !text.contains(name)),
     );

@@ -4,9 +4,11 @@ macro_rules! names {
     ($($name:ident)+) => {
         /// The name of system call `number`, if it is one of those known here.
         pub fn name(number: i64) -> Option<&'static str> {
-            const NAMES: &[(i64, &str)] = &[$((libc::$name, stringify!($name))),+];
-            // Every one of them starts with SYS_.
-            NAMES.iter().find(|known| known.0 == number).map(|known| &known.1["SYS_".len()..])
+            // A table of references to the names would have to be relocated at every start.
+            const NUMBERS: &[i64] = &[$(libc::$name),+];
+            const NAMES: &str = concat!($(stringify!($name), " "),+);
+            let position = NUMBERS.iter().position(|known| *known == number)?;
+            NAMES.split(' ').nth(position)?.strip_prefix("SYS_")
         }
     };
 }
