@@ -11,7 +11,7 @@ use std::io;
 use std::sync::{Arc, mpsc};
 
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot, watch};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{
@@ -267,6 +267,38 @@ impl CommandReceiver {
     /// The next command, if there is one. Call it until there is none, after reading [`Self::wake`].
     pub fn next(&self) -> Option<Request> {
         self.requests.try_recv().ok()
+    }
+}
+
+/// The vmm thread's end of the lifecycle events. The API ends when it is dropped.
+#[derive(Debug, Clone)]
+pub struct Publisher {
+    events: broadcast::Sender<Event>,
+    /// Held for its end: whoever waits for the end of `events` is woken by each of them.
+    _open: watch::Sender<()>,
+}
+
+/// The API thread's end of the lifecycle events.
+#[derive(Debug)]
+pub struct Subscription {
+    /// Those from now on.
+    pub events: broadcast::Receiver<Event>,
+    /// Changes only by ending, with the events.
+    pub open: watch::Receiver<()>,
+}
+
+/// A channel of lifecycle events, of which a slow reader may lag `backlog` behind.
+pub fn events(backlog: usize) -> (Publisher, Subscription) {
+    let (sender, events) = broadcast::channel(backlog);
+    let (held, open) = watch::channel(());
+    (Publisher { events: sender, _open: held }, Subscription { events, open })
+}
+
+impl Publisher {
+    /// Tells an event to whoever listens.
+    pub fn publish(&self, event: Event) {
+        // Nobody may be listening.
+        let _ = self.events.send(event);
     }
 }
 

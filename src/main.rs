@@ -9,12 +9,11 @@ use std::path::Path;
 use std::process::exit;
 use std::thread::JoinHandle;
 
-use tokio::sync::broadcast;
 use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
 use vesicle::config::MetricsConfig;
-use vesicle::control::{self, Command, CommandSender, Event, Reply};
+use vesicle::control::{self, Command, CommandSender, Event, Reply, Subscription};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};
@@ -135,12 +134,12 @@ fn take_over(flag: &str, fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-type Prepared = (Vmm, CommandSender, broadcast::Receiver<Event>);
+type Prepared = (Vmm, CommandSender, Subscription);
 
 fn prepare(options: &Options, host: Host) -> Result<Prepared, Box<dyn std::error::Error>> {
     let termination = Termination::new()?;
     let (sender, receiver) = control::channel()?;
-    let (subscribers, events) = broadcast::channel(EVENT_BACKLOG);
+    let (subscribers, events) = control::events(EVENT_BACKLOG);
     let boot_timer = options.boot_timer.then(BootTimer::default);
     let mmds_limit = options.mmds_limit.unwrap_or(options.max_payload);
     let vmm = Vmm::new(options.id.clone(), boot_timer, mmds_limit, receiver, subscribers, termination, host)?;
@@ -191,7 +190,7 @@ fn serve(
     socket: &ApiSocket,
     options: &Options,
     sender: CommandSender,
-    events: broadcast::Receiver<Event>,
+    events: Subscription,
     sandbox: Sandbox,
 ) -> (JoinHandle<()>, Option<SocketFile>) {
     let (listener, file): (UnixListener, _) = match socket {

@@ -33,7 +33,7 @@ use super::error::ApiError;
 use super::routes::{self, Action, Ask};
 use super::types;
 use crate::config::SnapshotKind;
-use crate::control::{self, Command, CommandSender, Event, Gone};
+use crate::control::{self, Command, CommandSender, Event, Gone, Subscription};
 use crate::metrics::{self, METRICS};
 use crate::warn_limited;
 
@@ -84,7 +84,7 @@ struct Server {
     events: broadcast::Receiver<Event>,
 }
 
-/// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends when the sender of `events` is dropped.
+/// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends when the publisher of the events is dropped.
 ///
 /// # Errors
 /// No runtime or thread could be made.
@@ -92,7 +92,7 @@ pub fn spawn(
     listener: StdUnixListener,
     limits: Limits,
     to_vmm: CommandSender,
-    events: broadcast::Receiver<Event>,
+    Subscription { events, mut open }: Subscription,
     confine: impl FnOnce() + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -104,10 +104,10 @@ pub fn spawn(
         let _context = runtime.enter();
         UnixListener::from_std(listener)?
     };
-    let ended = events.resubscribe();
     let server = Arc::new(Server { limits, to_vmm, events });
     std::thread::Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
         confine();
+        let ended = async { while open.changed().await.is_ok() {} };
         runtime.block_on(serve(&listener, &server, ended));
     })
 }
@@ -129,10 +129,10 @@ async fn first<A, B>(left: impl Future<Output = A>, right: impl Future<Output = 
     .await
 }
 
-async fn serve(listener: &UnixListener, server: &Arc<Server>, mut events: broadcast::Receiver<Event>) {
+async fn serve(listener: &UnixListener, server: &Arc<Server>, ended: impl Future<Output = ()>) {
     let (stop, stopped) = watch::channel(());
     let mut connections = JoinSet::new();
-    let mut ended = pin!(async { while !matches!(events.recv().await, Err(RecvError::Closed)) {} });
+    let mut ended = pin!(ended);
     loop {
         let accepted = match first(ended.as_mut(), accept(listener, &mut connections, server)).await {
             First::Left(()) => break,

@@ -12,7 +12,6 @@
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -81,6 +80,8 @@ struct Inner {
     immediate_exit: ImmediateExit,
     /// The vCPU when its thread has exited: to close it is the vmm thread's part, the thread's filter has no call for it.
     retired: Option<VcpuFd>,
+    /// The thread's id in the kernel, once it runs.
+    thread: Option<libc::c_long>,
 }
 
 /// `immediate_exit` of the vCPU's `kvm_run` page.
@@ -97,6 +98,25 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Parks as long as that is the wish; the one that it ends with.
+    fn awaited(&self) -> Wish {
+        let mut inner = self.lock();
+        if inner.wish == Wish::Park && !matches!(inner.state, State::Parked) {
+            inner.state = State::Parked;
+            // The vmm thread takes the lock at once.
+            drop(inner);
+            self.notify_vmm();
+            inner = self.lock();
+        }
+        while inner.wish == Wish::Park {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        // SAFETY: the thread that owns the page is this one. Cleared under the lock that sets it: a later wish is never
+        // wiped out.
+        unsafe { &*inner.immediate_exit.0 }.store(0, Ordering::SeqCst);
+        inner.wish
+    }
+
     fn notify_vmm(&self) {
         // An overflowing counter is already readable, so a failed write loses nothing.
         let _ = self.to_vmm.write(1);
@@ -111,6 +131,8 @@ pub struct Vcpu {
     thread: Option<JoinHandle<()>>,
     /// Open as long as this lives.
     fd: RawFd,
+    /// The id of this process.
+    process: u32,
 }
 
 /// What a vCPU is doing, seen from the vmm thread.
@@ -137,7 +159,7 @@ impl Vcpu {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let shared = Arc::new(Shared {
-            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit, retired: None }),
+            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit, thread: None, retired: None }),
             changed: Condvar::new(),
             to_vmm,
         });
@@ -159,12 +181,13 @@ impl Vcpu {
                 }
             })
             .map_err(|source| Error::Thread(id, source))?;
-        Ok(Self { shared, thread: Some(thread), fd: raw })
+        Ok(Self { shared, thread: Some(thread), fd: raw, process: std::process::id() })
     }
 
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
     pub fn wish(&self, wish: Wish) {
         let mut inner = self.shared.lock();
+        let waiting = matches!(inner.state, State::Parked);
         if matches!(inner.state, State::Exited(_)) {
             return;
         }
@@ -175,14 +198,16 @@ impl Vcpu {
         } else {
             // SAFETY: the state is not `Exited` and the lock is held, so the page is mapped.
             unsafe { &*inner.immediate_exit.0 }.store(1, Ordering::SeqCst);
-            if let Some(thread) = &self.thread {
-                // SAFETY: the thread is not joined, so its id is valid; the handler of the kick
-                // signal does nothing.
-                unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+            if let (false, Some(thread)) = (waiting, inner.thread) {
+                // SAFETY: it has no memory to be unsafe with. The thread lives, for it cannot become `Exited` while the
+                // lock is held, and the handler of the kick signal does nothing.
+                unsafe { libc::syscall(libc::SYS_tgkill, self.process, thread, kick_signal()) };
             }
         }
         drop(inner);
-        self.shared.changed.notify_one();
+        if waiting {
+            self.shared.changed.notify_one();
+        }
     }
 
     /// A handle of the vCPU besides its thread's, if it is parked.
@@ -221,36 +246,25 @@ impl Drop for Vcpu {
 
 /// The thread: follows wishes until it exits, and says why it does.
 fn live<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) -> Option<Report> {
+    // SAFETY: it has no memory to be unsafe with. (The C library's function is missing from a static program: the
+    // standard library refers to it weakly.)
+    shared.lock().thread = Some(unsafe { libc::syscall(libc::SYS_gettid) });
     loop {
-        let wish = {
-            let mut inner = shared.lock();
-            while inner.wish == Wish::Park {
-                if !matches!(inner.state, State::Parked) {
-                    inner.state = State::Parked;
-                    shared.notify_vmm();
-                }
-                inner = shared.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-            }
-            // Cleared under the lock that sets it: a later wish is never wiped out.
-            fd.set_kvm_immediate_exit(0);
-            inner.wish
-        };
+        let wish = shared.awaited();
         if wish == Wish::Stop {
             return None;
         }
         // The guest's watchdogs are told that it stood still; one without kvmclock has none to tell.
         let _ = fd.kvmclock_ctrl();
-        if let Err(report) = run_until_kicked(shared, fd, exits) {
+        if let Err(report) = run_until_kicked(fd, exits) {
             return Some(report);
         }
-        // Only the next entry completes the last MMIO or port access in the guest's registers.
-        fd.set_kvm_immediate_exit(1);
-        let _ = fd.run();
     }
 }
 
-/// Executes guest code until the wish is no longer `Run`.
-fn run_until_kicked<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) -> Result<(), Report> {
+/// Executes guest code until `immediate_exit` is set, which it is with every wish but `Run`. The last MMIO or port access
+/// is complete in the guest's registers then: KVM does that before it looks at `immediate_exit`.
+fn run_until_kicked<E: Exits>(fd: &mut VcpuFd, exits: &E) -> Result<(), Report> {
     loop {
         match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => exits.io_out(port, data),
@@ -274,14 +288,10 @@ fn run_until_kicked<E: Exits>(shared: &Shared, fd: &mut VcpuFd, exits: &E) -> Re
                 return Err(Report::Failure(format!("KVM ended the guest with an unexpected exit: {other:?}")));
             }
             Err(error) => match error.errno() {
-                libc::EINTR => {}
-                libc::EAGAIN => continue,
+                libc::EINTR if fd.get_kvm_run().immediate_exit != 0 => return Ok(()),
+                libc::EINTR | libc::EAGAIN => {}
                 _ => return Err(Report::Failure(format!("KVM_RUN failed: {error}"))),
             },
-        }
-        // `immediate_exit` is the wish seen without a lock: it is set with every wish but `Run`.
-        if fd.get_kvm_run().immediate_exit != 0 && shared.lock().wish != Wish::Run {
-            return Ok(());
         }
     }
 }

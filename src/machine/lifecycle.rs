@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::oneshot;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::Console;
@@ -23,7 +23,7 @@ use super::shell::{Layout, Shell};
 use super::snapshot::{Origin, Prepared};
 use super::{Error, chain, devices, fill};
 use crate::config::{SnapshotLoad, SnapshotReset, VmConfig};
-use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Refusal, Reply, Request};
+use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Publisher, Refusal, Reply, Request};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::virtio::Device;
 use crate::event_loop::{EventLoop, Token, When};
@@ -98,7 +98,7 @@ pub struct Vmm {
     pub(super) events: EventLoop,
     pub(super) commands: CommandReceiver,
     /// `None` after the last event.
-    pub(super) subscribers: Option<broadcast::Sender<Event>>,
+    pub(super) subscribers: Option<Publisher>,
     pub(super) metrics: Option<Metrics>,
     /// Watched as long as the vmm thread lives.
     _termination: Termination,
@@ -126,7 +126,7 @@ impl Vmm {
         boot_timer: Option<BootTimer>,
         mmds_limit: usize,
         commands: CommandReceiver,
-        subscribers: broadcast::Sender<Event>,
+        subscribers: Publisher,
         termination: Termination,
         host: Host,
     ) -> Result<Self, Error> {
@@ -421,8 +421,7 @@ impl Vmm {
     pub(super) fn enter(&mut self, state: Lifecycle, event: Event) {
         self.state = state;
         if let Some(subscribers) = &self.subscribers {
-            // Nobody may be listening.
-            let _ = subscribers.send(event);
+            subscribers.publish(event);
         }
     }
 
@@ -448,7 +447,7 @@ impl Vmm {
         }
         self.write_metrics();
         if let Some(subscribers) = self.subscribers.take() {
-            let _ = subscribers.send(Event::Exited { status: ending.status, reason: ending.reason.clone() });
+            subscribers.publish(Event::Exited { status: ending.status, reason: ending.reason.clone() });
         }
         ending
     }

@@ -11,7 +11,7 @@ use crate::control::{self, Lifecycle, Refusal, Reply as VmmReply};
 /// refuses to start.
 struct Api {
     path: std::path::PathBuf,
-    events: Option<broadcast::Sender<Event>>,
+    events: Option<control::Publisher>,
     thread: Option<JoinHandle<()>>,
     _dir: tempfile::TempDir,
 }
@@ -46,7 +46,7 @@ impl Api {
                 }
             }
         });
-        let (events, receiver) = broadcast::channel(16);
+        let (events, receiver) = control::events(16);
         let thread = spawn(listener(&path), limits, to_vmm, receiver, || ()).unwrap();
         Self { path, events: Some(events), thread: Some(thread), _dir: dir }
     }
@@ -316,7 +316,7 @@ fn a_vmm_that_is_gone_is_a_refusal() {
     let path = dir.path().join("api.sock");
     let (to_vmm, commands) = control::channel().unwrap();
     drop(commands);
-    let (_events, receiver) = broadcast::channel(1);
+    let (_events, receiver) = control::events(1);
     drop(spawn(listener(&path), Limits::default(), to_vmm, receiver, || ()).unwrap());
     let mut client = Client { stream: StdStream::connect(&path).unwrap(), unread: Vec::new() };
     assert_eq!(fault(client.request("GET", "/", "")), (400, "The VMM is shutting down.".into()));
@@ -331,11 +331,11 @@ fn events_stream_until_the_last_one_is_out() {
     assert!(head.contains("content-type: text/event-stream\r\n"), "{head}");
     let events = api.events.clone().unwrap();
     for event in [Event::Started, Event::Paused, Event::Resumed] {
-        events.send(event).unwrap();
+        events.publish(event);
     }
     let resumed = b"event: resumed\ndata: {\"state\":\"Running\"}\n\n";
     client.until(|bytes| bytes.windows(resumed.len()).any(|window| window == resumed).then_some(()));
-    events.send(Event::Exited { status: 0, reason: "The guest \"reset\".".into() }).unwrap();
+    events.publish(Event::Exited { status: 0, reason: "The guest \"reset\".".into() });
     drop(events);
     api.exit();
     let stream = client.rest();
