@@ -3,7 +3,9 @@
 //! When a filter is installed the kernel runs it once for every system call there is, to know which ones need no second
 //! look, and translates it to machine code: what counts is how few statements there are, and how few of them decide about
 //! a number. So a number is found by the cheapest mix of bisection and comparison, what follows for it is shared, and an
-//! argument is loaded once. A test holds the result against what seccompiler makes of the same file.
+//! argument is loaded once. A thread that makes few calls, or mostly one whose arguments are looked at, gains nothing by
+//! that trial: its filter begins with a statement that ends it. A test holds the result against what seccompiler makes of
+//! the same file.
 //!
 //! ```text
 //!  architecture ─▶ number ─┬─▶ arguments of that call ─┬─▶ allow
@@ -26,7 +28,8 @@ pub struct Statement {
     pub k: u32,
 }
 
-/// Load a word of `struct seccomp_data`, mask it, compare it, end (linux/bpf_common.h).
+/// Load a number, load a word of `struct seccomp_data`, mask it, compare it, end (linux/bpf_common.h).
+const LOAD_INDEX: u16 = 0x01;
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP_EQUAL: u16 = 0x15;
@@ -171,6 +174,8 @@ const NUMBERS: u32 = 512;
 struct Ranges {
     /// The first number of each range, and what follows.
     starts: Vec<(u32, Target)>,
+    /// Whether the kernel tries each number.
+    tried: bool,
     /// How to decide about those from one range up to another.
     plan: BTreeMap<(usize, usize), Plan>,
 }
@@ -183,8 +188,8 @@ struct Plan {
 
 impl Ranges {
     /// Finds the cheapest plan by that of all parts, the small ones first.
-    fn new(starts: Vec<(u32, Target)>) -> Self {
-        let mut ranges = Self { starts, plan: BTreeMap::new() };
+    fn new(starts: Vec<(u32, Target)>, tried: bool) -> Self {
+        let mut ranges = Self { starts, tried, plan: BTreeMap::new() };
         let count = ranges.starts.len();
         for length in 1..=count {
             for from in 0..=count - length {
@@ -201,7 +206,8 @@ impl Ranges {
             return Plan { split: None, cost: 0 };
         }
         let end = self.starts.get(to).map_or(NUMBERS, |next| next.0);
-        let statement = TRANSLATE + end.saturating_sub(self.starts[from].0);
+        let tried = if self.tried { end.saturating_sub(self.starts[from].0) } else { 0 };
+        let statement = TRANSLATE + tried;
         let accepted = self.accepted(from, to).map(|_| 1).sum::<u32>();
         let compare = Plan { split: None, cost: accepted * statement };
         let split =
@@ -218,13 +224,16 @@ impl Ranges {
     }
 }
 
-/// Compiles the filter of one kind of thread.
-pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
+/// Compiles the filter of one kind of thread; `tried` unless the kernel's trial of it shall end at once.
+pub fn compile(filter: &Value, tried: bool) -> Result<Vec<Statement>, Box<dyn Error>> {
     if filter["match_action"] != "allow" || filter["mismatch_action"] != "trap" {
         return Err("its actions must be allow and trap".into());
     }
     let calls = parse(filter)?;
     let mut program = Program::default();
+    if !tried {
+        program.push(LOAD_INDEX, 0, Target::Next, Target::Next);
+    }
     program.push(LOAD, ARCHITECTURE, Target::Next, Target::Next);
     let right = program.label();
     program.push(JUMP_EQUAL, X86_64, Target::Label(right), Target::Next);
@@ -251,7 +260,7 @@ pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
         }
         ranges.push((number + 1, Target::Trap));
     }
-    let ranges = Ranges::new(ranges);
+    let ranges = Ranges::new(ranges, tried);
     program.decide(&ranges, 0, ranges.starts.len());
     for (label, rules) in examined {
         program.place(label);

@@ -13,7 +13,7 @@ use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
 use vesicle::config::MetricsConfig;
-use vesicle::control::{self, Command, CommandSender, Event, Reply, Subscription};
+use vesicle::control::{self, Command, CommandSender, Reply, Subscription};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
 use vesicle::machine::lifecycle::{Ending, Vmm};

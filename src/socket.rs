@@ -96,11 +96,6 @@ pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile
     let temporary = path.with_file_name(format!(".{}", std::process::id()));
     let address = address(&temporary)?;
     let final_address = self::address(path)?;
-    match existing {
-        Existing::Replaced => check_vacant(path, &final_address)?,
-        Existing::Refused if fs::symlink_metadata(path).is_ok() => return Err(SocketError::Exists(path.to_owned())),
-        Existing::Refused => {}
-    }
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(system("create"))?;
     // Linux takes the mode of the file to be from the socket (unix(7)): there is no moment in which
     // it is open to others, and no umask, which all threads share, to change.
@@ -112,20 +107,27 @@ pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile
         let _ = fs::remove_file(&temporary);
         socket.bind(&address).map_err(system("bind"))?;
     }
+    let failed = system("publish");
     let publish = || {
-        socket.listen(BACKLOG)?;
-        let metadata = fs::symlink_metadata(&temporary)?;
+        socket.listen(BACKLOG).map_err(failed)?;
+        let metadata = fs::symlink_metadata(&temporary).map_err(failed)?;
         match existing {
-            Existing::Replaced => fs::rename(&temporary, path)?,
-            // Unlike a rename it fails where something has come into being meanwhile.
+            Existing::Replaced => {
+                check_vacant(path, &final_address)?;
+                fs::rename(&temporary, path).map_err(failed)?;
+            }
+            // Unlike a rename it fails where there is something.
             Existing::Refused => {
-                fs::hard_link(&temporary, path)?;
-                fs::remove_file(&temporary)?;
+                fs::hard_link(&temporary, path).map_err(|error| match error.kind() {
+                    io::ErrorKind::AlreadyExists => SocketError::Exists(path.to_owned()),
+                    _ => failed(error),
+                })?;
+                fs::remove_file(&temporary).map_err(failed)?;
             }
         }
         Ok(SocketFile { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() })
     };
-    let file = publish().inspect_err(|_| _ = fs::remove_file(&temporary)).map_err(system("publish"))?;
+    let file = publish().inspect_err(|_| _ = fs::remove_file(&temporary))?;
     Ok((OwnedFd::from(socket).into(), file))
 }
 

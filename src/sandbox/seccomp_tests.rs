@@ -133,6 +133,8 @@ fn evaluate(program: &[sock_filter], number: u32, architecture: u32, arguments: 
         let branch = |taken: bool| usize::from(if taken { jt } else { jf });
         at += 1;
         match code {
+            // Nothing uses the index register.
+            0x01 => {}
             0x20 => accumulator = word(k),
             0x54 => accumulator &= k,
             0x05 => at += k as usize,
