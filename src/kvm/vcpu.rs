@@ -101,15 +101,16 @@ impl Shared {
     /// Parks as long as that is the wish; the one that it ends with.
     fn awaited(&self) -> Wish {
         let mut inner = self.lock();
-        if inner.wish == Wish::Park && !matches!(inner.state, State::Parked) {
-            inner.state = State::Parked;
-            // The vmm thread takes the lock at once.
-            drop(inner);
-            self.notify_vmm();
-            inner = self.lock();
-        }
         while inner.wish == Wish::Park {
-            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            if matches!(inner.state, State::Parked) {
+                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                inner.state = State::Parked;
+                // The vmm thread takes the lock at once, and may have other wishes meanwhile.
+                drop(inner);
+                self.notify_vmm();
+                inner = self.lock();
+            }
         }
         // SAFETY: the thread that owns the page is this one. Cleared under the lock that sets it: a later wish is never
         // wiped out.
@@ -159,7 +160,13 @@ impl Vcpu {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let shared = Arc::new(Shared {
-            inner: Mutex::new(Inner { wish: Wish::Park, state: State::Parked, immediate_exit, thread: None, retired: None }),
+            inner: Mutex::new(Inner {
+                wish: Wish::Park,
+                state: State::Parked,
+                immediate_exit,
+                thread: None,
+                retired: None,
+            }),
             changed: Condvar::new(),
             to_vmm,
         });
@@ -346,5 +353,51 @@ pub fn install_kick_handler() {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = nothing as *const () as usize;
         libc::sigaction(kick_signal(), &action, std::ptr::null_mut());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The vmm thread states the next wish as soon as the vCPU says that it parked, whether it waits by then or not.
+    #[test]
+    fn a_vcpu_that_is_to_run_and_to_park_at_once_parks_again() {
+        install_kick_handler();
+        let immediate_exit = Arc::new(AtomicU8::new(0));
+        let page = ImmediateExit(Arc::as_ptr(&immediate_exit));
+        let shared = Arc::new(Shared {
+            inner: Mutex::new(Inner {
+                wish: Wish::Park,
+                state: State::Parked,
+                immediate_exit: page,
+                thread: None,
+                retired: None,
+            }),
+            changed: Condvar::new(),
+            to_vmm: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
+        });
+        let thread = std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                // A guest that does nothing until it is called out.
+                while shared.awaited() != Wish::Stop {
+                    while immediate_exit.load(Ordering::SeqCst) == 0 {
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        });
+        let vcpu = Vcpu { shared, thread: Some(thread), fd: -1, process: std::process::id() };
+        for turn in 0..20_000 {
+            vcpu.wish(Wish::Run);
+            vcpu.wish(Wish::Park);
+            let mut parked = libc::pollfd { fd: vcpu.shared.to_vmm.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            while vcpu.state() != Run::Parked {
+                // SAFETY: one descriptor, which lives.
+                assert_eq!(unsafe { libc::poll(&mut parked, 1, 60_000) }, 1, "turn {turn}");
+                vcpu.shared.to_vmm.read().unwrap();
+            }
+        }
     }
 }
