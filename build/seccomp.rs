@@ -1,18 +1,16 @@
 //! Compiles a system-call filter to BPF that is cheap to install.
 //!
-//! When a filter is installed the kernel runs it once for every system call there is, to know which ones need no second
-//! look, and translates it to machine code: what counts is how few statements there are, and how few of them decide about
-//! a number. So a number is found by the cheapest mix of bisection and comparison, what follows for it is shared, and an
-//! argument is loaded once. A thread that makes few calls, or mostly one whose arguments are looked at, gains nothing by
-//! that trial: its filter begins with a statement that ends it. A test holds the result against what seccompiler makes of
-//! the same file.
+//! When a filter is installed the kernel tries it with the number of each system call there is, to know which ones need
+//! no second look, and translates it to machine code. Most of our threads make few calls before they are gone, so that
+//! the trial costs more than it saves: a filter begins with a statement that ends it. Then what counts is how few
+//! statements there are: numbers are compared one after the other, in the order of the file, what follows for them is
+//! shared, and an argument is loaded once. A test holds the result against what seccompiler makes of the same file.
 //!
 //! ```text
 //!  architecture ─▶ number ─┬─▶ arguments of that call ─┬─▶ allow
 //!                          └──────────────┬────────────┴─▶ trap
 //! ```
 
-use std::collections::BTreeMap;
 use std::error::Error;
 
 use serde_json::Value;
@@ -33,7 +31,6 @@ const LOAD_INDEX: u16 = 0x01;
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP_EQUAL: u16 = 0x15;
-const JUMP_GREATER_OR_EQUAL: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
 /// Offsets in `struct seccomp_data`, and what a filter returns (linux/seccomp.h).
@@ -55,6 +52,8 @@ struct Condition {
 
 /// All conditions must hold.
 type Rule = Vec<Condition>;
+/// A system call's number, and the rules of which one must hold.
+type Call = (u32, Vec<Rule>);
 
 /// Where a jump leads. All lead forward.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,28 +92,6 @@ impl Program {
 
     fn place(&mut self, label: usize) {
         self.labels[label] = self.statements.len();
-    }
-
-    /// Decides about the numbers of `ranges[from..to]`, which are two ranges or more.
-    fn decide(&mut self, ranges: &Ranges, from: usize, to: usize) {
-        let Some(at) = ranges.plan[&(from, to)].split else {
-            let numbers: Vec<_> = ranges.accepted(from, to).collect();
-            for (index, (number, target)) in numbers.iter().enumerate() {
-                let no = if index + 1 == numbers.len() { Target::Trap } else { Target::Next };
-                self.push(JUMP_EQUAL, *number, *target, no);
-            }
-            return;
-        };
-        let right = if at + 1 == to { ranges.starts[at].1 } else { Target::Label(self.label()) };
-        let left = if from + 1 == at { ranges.starts[from].1 } else { Target::Next };
-        self.push(JUMP_GREATER_OR_EQUAL, ranges.starts[at].0, right, left);
-        if from + 1 < at {
-            self.decide(ranges, from, at);
-        }
-        if let (true, Target::Label(label)) = (at + 1 < to, right) {
-            self.place(label);
-            self.decide(ranges, at, to);
-        }
     }
 
     /// Decides about the arguments of a call.
@@ -156,7 +133,7 @@ impl Program {
         };
         let mut statements = Vec::new();
         for (at, &Jump { code, k, yes, no }) in self.statements.iter().enumerate() {
-            let jumps = matches!(code, JUMP_EQUAL | JUMP_GREATER_OR_EQUAL);
+            let jumps = code == JUMP_EQUAL;
             let (jt, jf) = if jumps { (distance(at, yes)?, distance(at, no)?) } else { (0, 0) };
             statements.push(Statement { code, jt, jf, k });
         }
@@ -165,85 +142,22 @@ impl Program {
     }
 }
 
-/// What a statement costs when it is translated, in the time that it takes to run it once.
-const TRANSLATE: u32 = 100;
-/// Numbers below this one are tried when a filter is installed.
-const NUMBERS: u32 = 512;
-
-/// All numbers, divided by what follows for them.
-struct Ranges {
-    /// The first number of each range, and what follows.
-    starts: Vec<(u32, Target)>,
-    /// Whether the kernel tries each number.
-    tried: bool,
-    /// How to decide about those from one range up to another.
-    plan: BTreeMap<(usize, usize), Plan>,
-}
-
-/// Where to split some ranges, if they are not told apart by comparing with each number that is accepted.
-struct Plan {
-    split: Option<usize>,
-    cost: u32,
-}
-
-impl Ranges {
-    /// Finds the cheapest plan by that of all parts, the small ones first.
-    fn new(starts: Vec<(u32, Target)>, tried: bool) -> Self {
-        let mut ranges = Self { starts, tried, plan: BTreeMap::new() };
-        let count = ranges.starts.len();
-        for length in 1..=count {
-            for from in 0..=count - length {
-                let to = from + length;
-                let plan = ranges.cheapest(from, to);
-                ranges.plan.insert((from, to), plan);
-            }
-        }
-        ranges
-    }
-
-    fn cheapest(&self, from: usize, to: usize) -> Plan {
-        if from + 1 == to {
-            return Plan { split: None, cost: 0 };
-        }
-        let end = self.starts.get(to).map_or(NUMBERS, |next| next.0);
-        let tried = if self.tried { end.saturating_sub(self.starts[from].0) } else { 0 };
-        let statement = TRANSLATE + tried;
-        let accepted = self.accepted(from, to).map(|_| 1).sum::<u32>();
-        let compare = Plan { split: None, cost: accepted * statement };
-        let split =
-            |at| Plan { split: Some(at), cost: statement + self.plan[&(from, at)].cost + self.plan[&(at, to)].cost };
-        (from + 1..to).map(split).chain([compare]).min_by_key(|plan| plan.cost).unwrap_or(Plan { split: None, cost: 0 })
-    }
-
-    /// Each number that is not refused.
-    fn accepted(&self, from: usize, to: usize) -> impl Iterator<Item = (u32, Target)> {
-        (from..to).filter(|at| self.starts[*at].1 != Target::Trap).flat_map(move |at| {
-            let end = self.starts.get(at + 1).map_or(NUMBERS, |next| next.0);
-            (self.starts[at].0..end).map(move |number| (number, self.starts[at].1))
-        })
-    }
-}
-
-/// Compiles the filter of one kind of thread; `tried` unless the kernel's trial of it shall end at once.
-pub fn compile(filter: &Value, tried: bool) -> Result<Vec<Statement>, Box<dyn Error>> {
+/// Compiles the filter of one kind of thread.
+pub fn compile(filter: &Value) -> Result<Vec<Statement>, Box<dyn Error>> {
     if filter["match_action"] != "allow" || filter["mismatch_action"] != "trap" {
         return Err("its actions must be allow and trap".into());
     }
     let calls = parse(filter)?;
     let mut program = Program::default();
-    if !tried {
-        program.push(LOAD_INDEX, 0, Target::Next, Target::Next);
-    }
+    program.push(LOAD_INDEX, 0, Target::Next, Target::Next);
     program.push(LOAD, ARCHITECTURE, Target::Next, Target::Next);
     let right = program.label();
     program.push(JUMP_EQUAL, X86_64, Target::Label(right), Target::Next);
     program.push(RETURN, KILL_PROCESS, Target::Next, Target::Next);
     program.place(right);
     program.push(LOAD, NUMBER, Target::Next, Target::Next);
-
-    let mut ranges = vec![(0, Target::Trap)];
     let mut examined = Vec::new();
-    for (number, rules) in &calls {
+    for (index, (number, rules)) in calls.iter().enumerate() {
         let target = if rules.iter().any(Vec::is_empty) {
             Target::Allow
         } else {
@@ -251,17 +165,9 @@ pub fn compile(filter: &Value, tried: bool) -> Result<Vec<Statement>, Box<dyn Er
             examined.push((label, rules));
             Target::Label(label)
         };
-        // The gap before it, if there is one, is refused.
-        if ranges.last().is_some_and(|last| last.0 == *number) {
-            ranges.pop();
-        }
-        if ranges.last().is_none_or(|last| last.1 != target) {
-            ranges.push((*number, target));
-        }
-        ranges.push((number + 1, Target::Trap));
+        let no = if index + 1 == calls.len() { Target::Trap } else { Target::Next };
+        program.push(JUMP_EQUAL, *number, target, no);
     }
-    let ranges = Ranges::new(ranges, tried);
-    program.decide(&ranges, 0, ranges.starts.len());
     for (label, rules) in examined {
         program.place(label);
         program.examine(rules);
@@ -269,16 +175,20 @@ pub fn compile(filter: &Value, tried: bool) -> Result<Vec<Statement>, Box<dyn Er
     program.finish()
 }
 
-/// The rules for each system call.
-fn parse(filter: &Value) -> Result<BTreeMap<u32, Vec<Rule>>, Box<dyn Error>> {
-    let mut calls = BTreeMap::<u32, Vec<Rule>>::new();
+/// The rules for each system call, in the order of the file.
+fn parse(filter: &Value) -> Result<Vec<Call>, Box<dyn Error>> {
+    let mut calls = Vec::<Call>::new();
     for rule in filter["filter"].as_array().ok_or("there are no rules")? {
         let name = rule["syscall"].as_str().ok_or("a rule without a system call")?;
         let number = (0..1024).find(|number| syscalls::name(i64::from(*number)) == Some(name));
         let number = number.ok_or_else(|| format!("{name} is no system call"))?;
         let conditions = rule["args"].as_array().map(Vec::as_slice).unwrap_or_default();
         let conditions = conditions.iter().map(|argument| condition(argument).ok_or(format!("{name}: {argument}")));
-        calls.entry(number).or_default().push(conditions.collect::<Result<_, _>>()?);
+        let rule = conditions.collect::<Result<_, _>>()?;
+        match calls.iter_mut().find(|call| call.0 == number) {
+            Some((_, rules)) => rules.push(rule),
+            None => calls.push((number, vec![rule])),
+        }
     }
     Ok(calls)
 }
