@@ -214,7 +214,9 @@ impl Bench {
         }
         let file = self.files.path("config.json");
         std::fs::write(&file, self.files.configuration(job, subject.image_mapping()).to_string())?;
-        Ok(Process::start(subject.path(), &["--no-api", "--config-file", &file.to_string_lossy()])?)
+        let file = file.to_string_lossy();
+        let arguments = [subject.arguments(), &["--no-api", "--config-file", &file]].concat();
+        Ok(Process::start(subject.path(), &arguments)?)
     }
 
     /// Memory of a VMM.

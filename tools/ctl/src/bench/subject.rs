@@ -25,29 +25,32 @@ pub struct Subject {
     jailer: Option<PathBuf>,
     image_mapping: Option<String>,
     qemu: bool,
+    confined: bool,
 }
 
 impl Subject {
-    /// From NAME=PATH or NAME=PATH:MAPPING.
+    /// From NAME=PATH, NAME=PATH:MAPPING or NAME=PATH:Unconfined.
     pub fn parse(text: &str) -> Result<Self, Box<dyn Error>> {
         let (name, path) = text.split_once('=').ok_or("--vmm takes NAME=PATH")?;
-        let (path, image_mapping) = match path.rsplit_once(':') {
-            Some((path, mapping @ ("Shared" | "Private"))) => (path, Some(mapping.to_owned())),
-            _ => (path, None),
+        let (path, image_mapping, confined) = match path.rsplit_once(':') {
+            Some((path, mapping @ ("Shared" | "Private"))) => (path, Some(mapping.to_owned()), true),
+            Some((path, "Unconfined")) => (path, None, false),
+            _ => (path, None, true),
         };
         let path = PathBuf::from(path);
-        let jailer = Some(path.with_file_name("vesicle-jailer")).filter(|jailer| jailer.exists());
-        Ok(Self { name: name.to_owned(), path, jailer, image_mapping, qemu: false })
+        let jailer = Some(path.with_file_name("vesicle-jailer")).filter(|jailer| confined && jailer.exists());
+        Ok(Self { name: name.to_owned(), path, jailer, image_mapping, qemu: false, confined })
     }
 
     /// A VMM without a name.
     pub fn new(path: &Path) -> Self {
-        Self { name: String::new(), path: path.to_owned(), image_mapping: None, qemu: false, jailer: None }
+        let path = path.to_owned();
+        Self { name: String::new(), path, image_mapping: None, qemu: false, jailer: None, confined: true }
     }
 
     /// QEMU's microvm machine.
     pub fn qemu(path: PathBuf) -> Self {
-        Self { name: "qemu".to_owned(), path, jailer: None, image_mapping: None, qemu: true }
+        Self { name: "qemu".to_owned(), path, jailer: None, image_mapping: None, qemu: true, confined: true }
     }
 
     /// How it is called in the report.
@@ -73,6 +76,11 @@ impl Subject {
     /// The `image_mapping` it is to use, if not its default.
     pub fn image_mapping(&self) -> Option<&str> {
         self.image_mapping.as_deref()
+    }
+
+    /// What it is started with besides.
+    pub fn arguments(&self) -> &'static [&'static str] {
+        if self.confined { &[] } else { &["--no-seccomp", "--no-landlock"] }
     }
 
     /// Whether it is QEMU, which has no such API.
@@ -172,7 +180,7 @@ impl Api {
     pub fn start(subject: &Subject, socket: &Path, more: &[&str], pause: fn()) -> Result<Self, Box<dyn Error>> {
         let _ = std::fs::remove_file(socket);
         let name = socket.to_str().ok_or("the socket's path is not UTF-8")?;
-        let process = Process::start(&subject.path, &[&["--api-sock", name][..], more].concat())?;
+        let process = Process::start(&subject.path, &[subject.arguments(), &["--api-sock", name], more].concat())?;
         Self::connect(process, socket, pause)
     }
 
@@ -223,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_subject_may_name_its_image_mapping() {
+    fn a_subject_may_name_its_image_mapping_or_go_unconfined() {
         let subject = Subject::parse("a=/x/y:Private").unwrap();
         assert_eq!(
             (subject.name(), subject.path(), subject.image_mapping()),
@@ -231,6 +239,8 @@ mod tests {
         );
         let subject = Subject::parse("b=/x:y").unwrap();
         assert_eq!((subject.path(), subject.image_mapping()), (Path::new("/x:y"), None));
+        let subject = Subject::parse("c=/x/y:Unconfined").unwrap();
+        assert_eq!((subject.path(), subject.arguments().len()), (Path::new("/x/y"), 2));
         assert!(Subject::parse("/x").is_err());
     }
 
