@@ -409,7 +409,7 @@ fn receive_buffers_that_cannot_hold_a_header_break_the_device() {
     }
 }
 
-/// firecracker#4526: what the guest claims to send must not be allocated.
+/// What the guest claims to send must not be allocated.
 #[test]
 fn frames_of_impossible_length_are_dropped_without_being_read() {
     let Some(cable) = Cable::new(all) else { return };
@@ -450,7 +450,7 @@ fn what_the_host_refuses_is_lost_as_on_a_wire_and_counted() {
     assert!(!cable.needs_reset());
 }
 
-/// firecracker#3905, #4680, #4725: what the host leaves to the guest is what the guest said it can do.
+/// What the host leaves to the guest is what the guest said it can do.
 #[test]
 fn the_offloads_of_the_tap_follow_what_the_guest_acknowledges() {
     let Some(cable) = Cable::new(all) else { return };

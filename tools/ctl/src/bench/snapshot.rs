@@ -110,7 +110,7 @@ struct MicroVm(Api);
 fn launch(bench: &Bench, subject: &Subject) -> Result<Api> {
     let help = Command::new(subject.path()).arg("--help").output()?;
     let allowed = format!("--allow-path={}", bench.files().path("").display());
-    if String::from_utf8_lossy(&help.stdout).contains("--allow-path") {
+    if subject.is_confined() && String::from_utf8_lossy(&help.stdout).contains("--allow-path") {
         return bench.launch(subject, &[&allowed]);
     }
     bench.launch(subject, &[])

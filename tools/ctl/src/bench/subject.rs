@@ -78,6 +78,11 @@ impl Subject {
         self.image_mapping.as_deref()
     }
 
+    /// Whether it confines itself, if it knows how to.
+    pub fn is_confined(&self) -> bool {
+        self.confined
+    }
+
     /// What it is started with besides.
     pub fn arguments(&self) -> &'static [&'static str] {
         if self.confined { &[] } else { &["--no-seccomp", "--no-landlock"] }

@@ -56,7 +56,7 @@ fn limits_are_lifted_one_by_one_while_frames_wait() {
     assert_eq!(used(), (2, 0));
 }
 
-/// firecracker#1439.
+/// Neither a kick nor a frame is looked at before there are tokens.
 #[test]
 fn a_throttled_direction_does_not_wake() {
     let Some(cable) = throttled() else { return };
