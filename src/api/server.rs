@@ -84,7 +84,8 @@ struct Server {
     events: broadcast::Receiver<Event>,
 }
 
-/// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends when the publisher of the events is dropped.
+/// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends
+/// when the publisher of the events is dropped.
 ///
 /// # Errors
 /// No runtime or thread could be made.

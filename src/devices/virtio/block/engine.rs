@@ -46,8 +46,8 @@ impl Engine {
         }
     }
 
-    /// Starts `operation` on a file, which is at the place it is said to be. Returns its result if it is known already; otherwise it comes from
-    /// [`Self::completed`] with `token`. A transfer may be partial.
+    /// Starts `operation` on a file, which is at the place it is said to be. Returns its result if it is known already;
+    /// otherwise it comes from [`Self::completed`] with `token`. A transfer may be partial.
     ///
     /// # Safety
     ///

@@ -89,11 +89,11 @@ impl Peer {
     }
 
     /// Reads into `buffers`. Returns how many bytes, and whether there was room for more: then there are none left
-    /// for now. 0 bytes are the end.
+    /// at the moment. 0 bytes are the end.
     ///
     /// # Errors
     ///
-    /// WouldBlock if there are none for now; anything else ends the connection.
+    /// WouldBlock if there are none yet; anything else ends the connection.
     ///
     /// # Safety
     ///
