@@ -13,7 +13,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
-use std::thread::JoinHandle;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
@@ -26,7 +26,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::error::ApiError;
@@ -95,7 +95,7 @@ pub fn spawn(
     to_vmm: CommandSender,
     Subscription { events, mut open }: Subscription,
     confine: impl FnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -106,7 +106,7 @@ pub fn spawn(
         UnixListener::from_std(listener)?
     };
     let server = Arc::new(Server { limits, to_vmm, events });
-    std::thread::Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
+    thread::Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
         confine();
         let ended = async { while open.changed().await.is_ok() {} };
         runtime.block_on(serve(&listener, &server, ended));
@@ -133,6 +133,7 @@ async fn first<A, B>(left: impl Future<Output = A>, right: impl Future<Output = 
 async fn serve(listener: &UnixListener, server: &Arc<Server>, ended: impl Future<Output = ()>) {
     let (stop, stopped) = watch::channel(());
     let mut connections = JoinSet::new();
+    let mut earlier: Option<JoinHandle<()>> = None;
     let mut ended = pin!(ended);
     loop {
         let accepted = match first(ended.as_mut(), accept(listener, &mut connections, server)).await {
@@ -142,6 +143,9 @@ async fn serve(listener: &UnixListener, server: &Arc<Server>, ended: impl Future
         match accepted {
             Ok(stream) => {
                 let busy = connections.len() >= server.limits.connections;
+                if earlier.as_ref().is_none_or(JoinHandle::is_finished) {
+                    earlier = Some(tokio::spawn(expect_earlier_wakes(Arc::clone(server))));
+                }
                 connections.spawn(connection(Arc::clone(server), stream, busy, stopped.clone()));
             }
             Err(error) => {
@@ -153,6 +157,15 @@ async fn serve(listener: &UnixListener, server: &Arc<Server>, ended: impl Future
     }
     drop(stop);
     let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+}
+
+/// While there are connections, keeps a timer that ends before those of their heads. The runtime wakes itself, by a write
+/// and another wait, for a timer that ends before all others, and each request sets one.
+async fn expect_earlier_wakes(server: Arc<Server>) {
+    // Held here, by the accepting task and by each connection.
+    while Arc::strong_count(&server) > 2 {
+        tokio::time::sleep(server.limits.head_timeout / 2).await;
+    }
 }
 
 /// The next connection, once there is a place for it.

@@ -12,7 +12,7 @@ use crate::control::{self, Lifecycle, Refusal, Reply as VmmReply};
 struct Api {
     path: std::path::PathBuf,
     events: Option<control::Publisher>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<thread::JoinHandle<()>>,
     _dir: tempfile::TempDir,
 }
 
