@@ -185,7 +185,7 @@ fn a_chain_of_diffs_over_five_gib_restores_bit_for_bit() {
     vm.ok("head -c 20000000 /dev/urandom >/run/high");
     let base = Snapshot::of(&vm);
     vm.resume();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::tempdir();
     let diffs = chain(&mut vm, dir.path(), times("VESICLE_DIFFS", 10));
     // What the guest is, all of it, at the last of them.
     let full = Snapshot::new();

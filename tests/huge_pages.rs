@@ -5,8 +5,9 @@ mod common;
 
 use std::fs;
 
+use common::snapshot::Snapshot;
 use common::{Guest, MicroVm};
-use serde_json::{Value, json};
+use serde_json::json;
 
 const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 const MEMORY_MIB: u64 = 128;
@@ -75,15 +76,11 @@ fn huge_pages_of_2_mib_are_set_aside_for_a_guest_and_go_back() {
     assert!(refusal.contains("cannot reserve 134217728 bytes"), "{refusal}");
 
     // What it was it is again in another process, in huge pages as well.
-    let dir = tempfile::tempdir().unwrap();
-    let (state, memory) = (dir.path().join("state"), dir.path().join("memory"));
     vm.ok("echo before >/run/note");
-    vm.pause();
-    vm.put("/snapshot/create", &json!({ "snapshot_path": state, "mem_file_path": memory }));
+    let snapshot = Snapshot::of(&vm);
     vm.kill();
     let mut vm = vm.successor_with(&["--allow-path=/"]);
-    let backend: Value = json!({ "backend_type": "File", "backend_path": memory });
-    vm.put("/snapshot/load", &json!({ "snapshot_path": state, "mem_backend": backend, "resume_vm": true }));
+    vm.put("/snapshot/load", &snapshot.load());
     assert_eq!(vm.ok("cat /run/note; tr -d x </run/data | wc -c"), "before\n0");
     assert_eq!(mapped(&mut vm, "Private_Hugetlb"), MEMORY_MIB << 10);
     vm.shut_down();

@@ -128,6 +128,8 @@ const DETERMINISTIC: &[Figure] = &[
     count("load-echo-exits", "  VM exits"),
     count("load-echo-faults", "  of them nested page faults"),
     count("load-echo-calls", "  system calls"),
+    figure("shell", "load in a prepared shell → reply", Ms, 0.5, ""),
+    figure("shell-echo", "load in a prepared shell → first vsock echo", Ms, 4.0, ""),
     Figure { id: "reset", what: "reset in place → reply", unit: Ms, goal: None, firecracker: "" },
     figure("reset-echo", "reset in place → first vsock echo", Ms, 3.0, ""),
     count("reset-echo-exits", "  VM exits"),
@@ -197,6 +199,7 @@ const NATIVE: &[Figure] = &[
     figure("pause", "pause", Ms, 0.2, "0.43"),
     figure("snapshot", "full snapshot, 32 of 128 MiB written", Ms, 14.0, "51"),
     figure("load", "snapshot load with resume → reply", Ms, 1.5, "6.7"),
+    figure("shell", "load in a prepared shell → reply", Ms, 0.4, ""),
     figure("reset", "reset in place, nothing written → reply", Ms, 0.5, ""),
     Figure {
         id: "reset-drop", what: "reset in place, 32 MiB written → reply", unit: Ms, goal: None, firecracker: ""

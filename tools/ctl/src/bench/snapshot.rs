@@ -27,6 +27,14 @@ pub const DETERMINISTIC: &[Experiment] = &[
         let echo = seconds(start, Instant::now());
         Ok(vec![("snapshot", snapshot.as_secs_f64()), ("load", load.as_secs_f64()), ("load-echo", echo)])
     }),
+    experiment(&["shell", "shell-echo"], |bench, subject| {
+        serving(bench, subject)?.save(bench)?;
+        let mut clone = MicroVm::prepare(bench, subject)?;
+        let start = Instant::now();
+        let load = clone.load(bench)?;
+        let _client = first_echo(bench)?;
+        Ok(vec![("shell", load.as_secs_f64()), ("shell-echo", seconds(start, Instant::now()))])
+    }),
     experiment(&["reset", "reset-echo"], |bench, subject| {
         serving(bench, subject)?.save(bench)?;
         let mut clone = MicroVm::launch(bench, subject)?;
@@ -80,6 +88,11 @@ pub const NATIVE: &[Experiment] = &[
         let reset = clone.reset()?;
         let values = [("snapshot", snapshot), ("load", load), ("reset", reset)];
         Ok(values.map(|(id, took)| (id, took.as_secs_f64())).to_vec())
+    }),
+    experiment(&["shell"], |bench, subject| {
+        flat(bench, subject, &bench.files().flat_configuration())?.save(bench)?;
+        let mut clone = MicroVm::prepare(bench, subject)?;
+        Ok(vec![("shell", clone.load(bench)?.as_secs_f64())])
     }),
     experiment(&["reset-drop"], |bench, subject| {
         flat(bench, subject, &bench.files().busy_configuration())?.save(bench)?;
@@ -151,6 +164,15 @@ impl MicroVm {
     fn launch(bench: &Bench, subject: &Subject) -> Result<Self> {
         let _ = fs::remove_file(bench.files().path("v.sock"));
         bench.launch(subject, &[]).map(Self)
+    }
+
+    /// A shell that waits for the load, with nothing left to do before it.
+    fn prepare(bench: &Bench, subject: &Subject) -> Result<Self> {
+        let _ = fs::remove_file(bench.files().path("v.sock"));
+        let prepare = format!("--prepare={}", bench.files().path("state").display());
+        let shell = bench.launch(subject, &[&prepare])?;
+        rest();
+        Ok(Self(shell))
     }
 
     /// Waits until the flat guest has written to [`FLAT_DIRTY`] bytes.
