@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use common::jail::Mode;
 use common::rest::wait_until_at_rest;
 use common::tap::{Server, Tap, mac};
 use common::{Guest, MicroVm, PATIENCE, wait_until};
@@ -168,8 +169,10 @@ fn two_interfaces_are_told_apart_and_come_in_the_order_they_were_configured() {
     assert!(fault.contains(&second.name), "a TAP opens once: {fault}");
     let fault = vm.refused_put("/network-interfaces/b", &interface("b", "no/such", &Value::Null));
     assert!(fault.contains("host_dev_name `no/such`"), "{fault}");
-    // The same again changes nothing.
-    vm.put("/network-interfaces/z", &interface("z", &first.name, taken));
+    // The same again changes nothing. Jails made without root have no /dev/net/tun to open a TAP by name.
+    if Mode::chosen() != Mode::Rootless {
+        vm.put("/network-interfaces/z", &interface("z", &first.name, taken));
+    }
     let mut vm = vm;
     vm.start();
     vm.wait_until_ready();
