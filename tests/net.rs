@@ -10,10 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::jail::Mode;
 use common::rest::wait_until_at_rest;
 use common::tap::{Server, Tap, mac};
-use common::{Guest, MicroVm, PATIENCE, wait_until};
+use common::{Guest, MicroVm, Mode, PATIENCE, wait_until};
 use serde_json::{Value, json};
 
 #[test]
