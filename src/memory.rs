@@ -397,6 +397,11 @@ impl GuestRam {
     }
 }
 
+/// The guest physical address of an offset into RAM without the gap.
+pub fn address_of(offset: u64) -> u64 {
+    if offset < MMIO_GAP_START { offset } else { offset - MMIO_GAP_START + MMIO_GAP_END }
+}
+
 /// Has the pages of the `len` bytes from `offset` on, of RAM without the gap, in the page tables: for `write`, those of a
 /// file are copied, else they stay shared. It stops where a slot ends; returns how many bytes that are, `None` if the
 /// host refuses or there is no such RAM.

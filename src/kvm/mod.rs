@@ -9,7 +9,7 @@ mod vcpu;
 mod vm;
 pub mod x86_64;
 
-pub use vcpu::{Exits, Report, Run, Vcpu, Wish, install_kick_handler};
+pub use vcpu::{Exits, Report, Run, Vcpu, Wish, install_kick_handler, pre_fault};
 pub use vm::{Kvm, Vm};
 
 /// A call into KVM that failed.

@@ -1,16 +1,21 @@
-//! A thread that populates the working set of a snapshot beside the running vCPUs.
+//! Pages of a snapshot that are there before the guest asks: in a prepared shell what the memory file holds, beside the
+//! running vCPUs the working set.
 //!
-//! What it does is invisible but for its speed: a page that is populated holds what a fault would have put there.
+//! What this does is invisible but for its speed: a page that is populated holds what a fault would have put there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use kvm_ioctls::VcpuFd;
+
 use super::Error;
-use crate::memory::{self, GuestMemory};
+use crate::kvm::pre_fault;
+use crate::memory::{self, GuestMemory, GuestRam};
 use crate::metrics::METRICS;
 use crate::sandbox::Sandbox;
 use crate::sandbox::seccomp::ThreadKind;
+use crate::snapshot::memory::data_of;
 use crate::snapshot::working_set::Run;
 
 /// Bytes populated per call: the host's memory map is locked no longer than that takes.
@@ -55,6 +60,20 @@ impl Drop for Populating {
         if let Some(thread) = self.thread.take() {
             // The thread ends by returning: a panic aborts the process.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Has what the memory file holds in the page tables of this process and in the second stage of translation, shared with
+/// the file until it is written.
+pub fn map_ahead(ram: &GuestRam, vcpu: &VcpuFd) {
+    let extents = ram.base().and_then(|file| data_of(file, ram.size()).ok());
+    for extent in extents.unwrap_or_default() {
+        let mut at = extent.start;
+        while at < extent.end {
+            let Some(done) = memory::populate(ram.memory(), at, BATCH.min(extent.end - at), false) else { break };
+            pre_fault(vcpu, memory::address_of(at), done);
+            at += done;
         }
     }
 }

@@ -27,7 +27,7 @@ use super::files::{Host, open_image};
 use super::handler;
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
-use super::populate::Populating;
+use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
 use crate::config::{MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
@@ -183,7 +183,11 @@ impl Vmm {
     pub fn prepare(&mut self, path: &Path) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
         let layout = Layout::from(&snapshot.state.checked_config()?);
-        self.prepared = Some(Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?);
+        let prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
+        if let Some(vcpu) = prepared.machine.handles.first() {
+            map_ahead(&prepared.machine.ram, vcpu);
+        }
+        self.prepared = Some(prepared);
         Ok(())
     }
 
