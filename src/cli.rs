@@ -57,6 +57,8 @@ pub struct Options {
     pub metadata: Option<PathBuf>,
     /// Have everything ready for the load of the snapshot with this state file.
     pub prepare: Option<PathBuf>,
+    /// The working set that is ready then as well.
+    pub working_set_path: Option<PathBuf>,
     /// Monotonic clock when the launcher began to start the process, in microseconds.
     pub start_time_us: Option<u64>,
     /// CPU clock of the process when the launcher executed it, in microseconds.
@@ -82,6 +84,7 @@ impl Default for Options {
             mmds_limit: None,
             metadata: None,
             prepare: None,
+            working_set_path: None,
             start_time_us: None,
             start_time_cpu_us: None,
             parent_cpu_time_us: None,
@@ -131,6 +134,9 @@ pub enum CliError {
     /// Without a socket something else must configure the microVM.
     #[error("--no-api needs --config-file")]
     NoApiWithoutConfig,
+    /// There is no memory to have pages ready in; a load names its own.
+    #[error("--working-set-path needs --prepare")]
+    WorkingSetWithoutPrepare,
 }
 
 /// A flag: its name, what its value is (empty if it takes none), what it means.
@@ -165,6 +171,7 @@ const FLAGS: &[Flag] = &[
         "PATH",
         "get ready for the load of the snapshot with this state file, whose\nmemory file is where it was written",
     ),
+    Flag("working-set-path", "PATH", "with --prepare: have these pages of the snapshot copied that a first run writes"),
     Flag("start-time-us", "US", "for launchers: monotonic clock when the process was being started"),
     Flag("start-time-cpu-us", "US", "for launchers: CPU clock of the process when it was executed"),
     Flag("parent-cpu-time-us", "US", "for launchers: CPU time spent before the process was executed"),
@@ -251,6 +258,9 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
     if let Some((one, other)) = EXCLUSIVE.iter().find(|(one, other)| given(one) && given(other)) {
         return Err(CliError::Exclude(one, other));
     }
+    if options.working_set_path.is_some() && options.prepare.is_none() {
+        return Err(CliError::WorkingSetWithoutPrepare);
+    }
     if no_api {
         if options.config_file.is_none() {
             return Err(CliError::NoApiWithoutConfig);
@@ -324,6 +334,7 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         }
         "metadata" => options.metadata = Some(value.into()),
         "prepare" => options.prepare = Some(value.into()),
+        "working-set-path" => options.working_set_path = Some(value.into()),
         "start-time-us" => options.start_time_us = Some(number()?),
         "start-time-cpu-us" => options.start_time_cpu_us = Some(number()?),
         "parent-cpu-time-us" => options.parent_cpu_time_us = Some(number()?),
@@ -393,6 +404,7 @@ mod tests {
         let line = "--id vm-1 --api-sock=/tmp/a --start-time-us 12 --start-time-cpu-us 3 --parent-cpu-time-us=4 \
              --log-path /tmp/log --level warn --show-level --show-log-origin --module vesicle::api --boot-timer \
              --metrics-path m --http-api-max-payload-size 100 --mmds-size-limit 200 --metadata m.json --prepare s \
+             --working-set-path w \
              --no-seccomp --no-landlock --kvm-fd 9 --proc-fd 8";
         let logger = LoggerConfig {
             log_path: Some("/tmp/log".into()),
@@ -416,6 +428,7 @@ mod tests {
             mmds_limit: Some(200),
             metadata: Some("m.json".into()),
             prepare: Some("s".into()),
+            working_set_path: Some("w".into()),
             start_time_us: Some(12),
             start_time_cpu_us: Some(3),
             parent_cpu_time_us: Some(4),
@@ -440,6 +453,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (line, expected) in [
             ("--no-api", "--no-api needs --config-file"),
+            ("--working-set-path w", "--working-set-path needs --prepare"),
             ("--nope", "unknown argument \"--nope\"; --help lists the flags"),
             ("-x", "unknown argument \"-x\"; --help lists the flags"),
             ("file", "unknown argument \"file\"; --help lists the flags"),

@@ -83,7 +83,7 @@ fn run() -> std::ffi::c_int {
     vmm.declare(passed);
     configure(&mut vmm, &options);
     if let Some(path) = &options.prepare
-        && let Err(refusal) = vmm.prepare(path)
+        && let Err(refusal) = vmm.prepare(path, options.working_set_path.as_deref())
     {
         fail(BAD_CONFIGURATION, format!("--prepare: {refusal}"));
     }
@@ -113,7 +113,8 @@ fn confine(options: &Options, proc: Option<BorrowedFd<'_>>) -> Result<Sandbox, s
     if let Some(ApiSocket::Path(path)) = &options.api_sock {
         needed.siblings(path, true);
     }
-    for file in [&options.config_file, &options.metadata, &options.prepare].into_iter().flatten() {
+    let Options { config_file, metadata, prepare, working_set_path, .. } = options;
+    for file in [config_file, metadata, prepare, working_set_path].into_iter().flatten() {
         needed.read(file);
     }
     for file in [&options.logger.log_path, &options.metrics_path].into_iter().flatten() {

@@ -89,6 +89,17 @@ fn a_working_set_that_was_recorded_is_populated_beside_the_guest() {
     println!("{without} page faults of the vCPU without the working set, {with} with it");
     vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
     vm.ok(WORK);
+    vm.kill();
+
+    // A prepared shell has it in advance of the load.
+    let [state, file] = [&snapshot.state, &file].map(|path| path.to_str().unwrap());
+    let mut vm = vm.successor_with(&["--prepare", state, "--working-set-path", file]);
+    vm.put("/snapshot/load", &snapshot.load());
+    vm.ok(WORK);
+    let prepared = faults(&mut vm);
+    assert!(prepared * 4 < without, "{prepared} page faults in a prepared shell, {without} without");
+    vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
+    vm.ok(WORK);
     vm.shut_down();
 
     // The guest runs meanwhile, and is taken back, paused and ended in the middle.

@@ -64,14 +64,15 @@ impl Drop for Populating {
     }
 }
 
-/// Has what the memory file holds in the page tables of this process and in the second stage of translation, shared with
-/// the file until it is written.
-pub fn map_ahead(ram: &GuestRam, vcpu: &VcpuFd) {
+/// Has what the memory file holds in the page tables of this process and in the second stage of translation: shared with
+/// the file until it is written, or a copy where `runs` say that it will be.
+pub fn map_ahead(ram: &GuestRam, vcpu: &VcpuFd, runs: &[Run]) {
     let extents = ram.base().and_then(|file| data_of(file, ram.size()).ok());
-    for extent in extents.unwrap_or_default() {
-        let mut at = extent.start;
-        while at < extent.end {
-            let Some(done) = memory::populate(ram.memory(), at, BATCH.min(extent.end - at), false) else { break };
+    let extents = extents.unwrap_or_default().into_iter().map(|range| Run { range, written: false });
+    for Run { range, written } in runs.iter().cloned().chain(extents) {
+        let mut at = range.start;
+        while at < range.end {
+            let Some(done) = memory::populate(ram.memory(), at, BATCH.min(range.end - at), written) else { break };
             pre_fault(vcpu, memory::address_of(at), done);
             at += done;
         }

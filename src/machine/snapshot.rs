@@ -40,7 +40,8 @@ use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
 use crate::snapshot::memory::{self, Pristine};
 use crate::snapshot::pagemap::Pagemap;
-use crate::snapshot::{Id, format, working_set};
+use crate::snapshot::working_set::{self, Run};
+use crate::snapshot::{Id, format};
 
 /// Everything but guest RAM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -176,16 +177,19 @@ impl Vmm {
         Ok(())
     }
 
-    /// Does all of a load that does not depend on the clone, so that the load itself has little to do.
+    /// Does all of a load that does not depend on the clone, so that the load itself has little to do. Pages that a
+    /// working set says will be written are copied by then.
     ///
     /// # Errors
-    /// The snapshot cannot be loaded.
-    pub fn prepare(&mut self, path: &Path) -> Result<(), Refusal> {
+    /// The snapshot cannot be loaded, or the working set is not its.
+    pub fn prepare(&mut self, path: &Path, working_set: Option<&Path>) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
         let layout = Layout::from(&snapshot.state.checked_config()?);
         let prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
+        let size = prepared.machine.ram.size();
+        let runs = working_set.map(|path| read_working_set(path, prepared.id, size)).transpose().map_err(refuse)?;
         if let Some(vcpu) = prepared.machine.handles.first() {
-            map_ahead(&prepared.machine.ram, vcpu);
+            map_ahead(&prepared.machine.ram, vcpu, &runs.unwrap_or_default());
         }
         self.prepared = Some(prepared);
         Ok(())
@@ -229,9 +233,7 @@ impl Vmm {
         machine.console = self.console()?;
         machine.has_base = true;
         if let Some(path) = &request.working_set_path {
-            let file = open_image("working_set_path", path)?;
-            let fail = |source| SnapshotError::WorkingSet { path: path.clone(), source };
-            let runs = working_set::read(&file, id, machine.ram.size()).map_err(fail)?;
+            let runs = read_working_set(path, id, machine.ram.size())?;
             let ram = machine.ram.memory().clone();
             machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone())?);
         }
@@ -341,6 +343,12 @@ impl Opened {
         let files = [identified, identity(&memory).map_err(fail)?];
         Ok(Self { id, state, memory: Memory::File(memory), files })
     }
+}
+
+fn read_working_set(path: &Path, id: Id, size: u64) -> Result<Vec<Run>, Error> {
+    let file = open_image("working_set_path", path)?;
+    let fail = |source| SnapshotError::WorkingSet { path: path.to_owned(), source };
+    Ok(working_set::read(&file, id, size).map_err(fail)?)
 }
 
 fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {

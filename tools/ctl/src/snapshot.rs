@@ -1,6 +1,6 @@
 //! `vesiclectl snapshot`: looks at the files of snapshots, and puts them together, without a VMM.
 
-mod record;
+pub mod record;
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};

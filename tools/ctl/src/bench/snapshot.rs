@@ -13,6 +13,7 @@ use super::experiments::{Bench, Experiment, counts, experiment, instance_start, 
 use super::guest::{FLAT_DIRTY, Job};
 use super::subject::{Api, Subject};
 use super::vsock::{self, LISTEN_PORT, READY_PORT};
+use crate::snapshot::record::{Of, Record};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -29,7 +30,12 @@ pub const DETERMINISTIC: &[Experiment] = &[
     }),
     experiment(&["shell", "shell-echo"], |bench, subject| {
         serving(bench, subject)?.save(bench)?;
-        let mut clone = MicroVm::prepare(bench, subject)?;
+        let mut first = MicroVm::launch(bench, subject)?;
+        first.load(bench)?;
+        let client = first_echo(bench)?;
+        first.record(bench)?;
+        drop((client, first));
+        let mut clone = MicroVm::prepare(bench, subject, true)?;
         let start = Instant::now();
         let load = clone.load(bench)?;
         let _client = first_echo(bench)?;
@@ -91,7 +97,7 @@ pub const NATIVE: &[Experiment] = &[
     }),
     experiment(&["shell"], |bench, subject| {
         flat(bench, subject, &bench.files().flat_configuration())?.save(bench)?;
-        let mut clone = MicroVm::prepare(bench, subject)?;
+        let mut clone = MicroVm::prepare(bench, subject, false)?;
         Ok(vec![("shell", clone.load(bench)?.as_secs_f64())])
     }),
     experiment(&["reset-drop"], |bench, subject| {
@@ -166,13 +172,23 @@ impl MicroVm {
         bench.launch(subject, &[]).map(Self)
     }
 
-    /// A shell that waits for the load, with nothing left to do before it.
-    fn prepare(bench: &Bench, subject: &Subject) -> Result<Self> {
+    /// A shell that waits for the load, with what a first run writes copied if that was recorded.
+    fn prepare(bench: &Bench, subject: &Subject, recorded: bool) -> Result<Self> {
         let _ = fs::remove_file(bench.files().path("v.sock"));
-        let prepare = format!("--prepare={}", bench.files().path("state").display());
-        let shell = bench.launch(subject, &[&prepare])?;
+        let argument = |flag, file| format!("--{flag}={}", bench.files().path(file).display());
+        let arguments = [argument("prepare", "state"), argument("working-set-path", "working-set")];
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).take(if recorded { 2 } else { 1 }).collect();
+        let shell = bench.launch(subject, &arguments)?;
         rest();
         Ok(Self(shell))
+    }
+
+    /// Pauses the microVM and notes what it has touched.
+    fn record(&mut self, bench: &Bench) -> Result<()> {
+        self.pause()?;
+        let files = bench.files();
+        let (state, memory, output) = (files.path("state"), files.path("memory"), files.path("working-set"));
+        Record { state, memory, output, of: Of::Process(self.0.process.id()) }.run().map(drop)
     }
 
     /// Waits until the flat guest has written to [`FLAT_DIRTY`] bytes.
