@@ -3,12 +3,14 @@
 
 mod common;
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use common::snapshot::{Snapshot, told, vesicle};
-use common::{Guest, MicroVm, wait_until};
+use common::{Guest, MicroVm, Mode, wait_until};
 use serde_json::{Value, json};
 
 /// A handler for one microVM.
@@ -16,15 +18,43 @@ struct Handler {
     process: Child,
     said: BufReader<ChildStdout>,
     socket: PathBuf,
+    _permission: Option<Permission>,
+}
+
+const SETTING: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+static PERMISSIONS: Mutex<u32> = Mutex::new(0);
+
+/// Lets users without root have page faults handled, as long as one of these lives.
+struct Permission;
+
+impl Permission {
+    fn take() -> Self {
+        let mut held = PERMISSIONS.lock().unwrap();
+        *held += 1;
+        fs::write(SETTING, "1").unwrap();
+        Self
+    }
+}
+
+impl Drop for Permission {
+    fn drop(&mut self) {
+        let mut held = PERMISSIONS.lock().unwrap_or_else(PoisonError::into_inner);
+        *held -= 1;
+        if *held == 0 {
+            let _ = fs::write(SETTING, "0");
+        }
+    }
 }
 
 impl Handler {
     fn of(snapshot: &Snapshot) -> Self {
         let socket = snapshot.dir.path().join("handler.sock");
-        let _ = std::fs::remove_file(&socket);
+        let _ = fs::remove_file(&socket);
         let mut command = Command::new(vesicle().with_file_name("examples").join("page_faults"));
         let mut process = command.arg(&socket).arg(&snapshot.memory).stdout(Stdio::piped()).spawn().unwrap();
-        let mut handler = Self { said: BufReader::new(process.stdout.take().unwrap()), process, socket };
+        let said = BufReader::new(process.stdout.take().unwrap());
+        let permission = (Mode::chosen() == Mode::Rootless).then(Permission::take);
+        let mut handler = Self { said, process, socket, _permission: permission };
         assert_eq!(handler.line(), "listening\n");
         handler
     }
