@@ -233,7 +233,7 @@ pub fn seconds(start: Instant, end: Instant) -> f64 {
 fn api(bench: &Bench, subject: &Subject) -> Outcome {
     let api = bench.launch(subject, &[])?;
     let answered = Instant::now();
-    let cpu = process::cpu_time(api.process.id())?;
+    let cpu = api.process.cpu_time()?;
     Ok(vec![("api", seconds(api.process.started(), answered)), ("api-cpu", cpu.as_secs_f64())])
 }
 

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::experiments::{Bench, Experiment, Outcome, experiment};
-use super::process;
 use super::subject::{Api, Process, Subject};
 
 /// Mounts of a busy host.
@@ -40,7 +39,7 @@ fn bare(bench: &Bench, subject: &Subject) -> Outcome {
         return Ok(Vec::new());
     }
     let api = bench.launch(subject, &["--no-seccomp", "--no-landlock"])?;
-    Ok(vec![("bare-cpu", process::cpu_time(api.process.id())?.as_secs_f64())])
+    Ok(vec![("bare-cpu", api.process.cpu_time()?.as_secs_f64())])
 }
 
 /// A VMM that is being jailed, and where its socket will be.
@@ -66,7 +65,7 @@ fn jail(
 fn one(bench: &Bench, subject: &Subject, figure: &'static str, more: &[&str]) -> Outcome {
     let Some((process, socket)) = jail(bench, subject, "one", more)? else { return Ok(Vec::new()) };
     let api = Api::connect(process, &socket, bench.pause())?;
-    Ok(vec![(figure, process::cpu_time(api.process.id())?.as_secs_f64())])
+    Ok(vec![(figure, api.process.cpu_time()?.as_secs_f64())])
 }
 
 /// Many at once; what one of them takes.
@@ -78,7 +77,7 @@ fn crowd(bench: &Bench, subject: &Subject, figure: &'static str, more: &[&str]) 
     let (mut cpu, mut apis) = (0.0, Vec::new());
     for (process, socket) in started {
         let api = Api::connect(process, &socket, bench.pause())?;
-        cpu += process::cpu_time(api.process.id())?.as_secs_f64();
+        cpu += api.process.cpu_time()?.as_secs_f64();
         // None ends before all have started.
         apis.push(api);
     }

@@ -3,15 +3,16 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
+use super::process::Child;
 use crate::http::Http;
 
 /// Nothing that is measured takes so long unless it hangs.
@@ -100,26 +101,25 @@ pub struct Process {
     child: Child,
     /// Its standard output and standard error.
     output: File,
-    started: Instant,
 }
 
 impl Process {
     /// Starts `program` with `arguments`.
     pub fn start(program: &Path, arguments: &[&str]) -> io::Result<Self> {
         let (output, write_end) = io::pipe()?;
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stderr(write_end.try_clone()?).stdout(write_end);
-        let started = Instant::now();
-        let child = command.spawn()?;
-        // With the command go its copies of the pipe's end.
-        drop(command);
-        let output = File::from(std::os::fd::OwnedFd::from(output));
-        Ok(Self { child, output, started })
+        let null = File::open("/dev/null")?;
+        let child = Child::start(program, arguments, [null.as_fd(), write_end.as_fd(), write_end.as_fd()])?;
+        Ok(Self { child, output: File::from(OwnedFd::from(output)) })
     }
 
     /// When it was started.
     pub fn started(&self) -> Instant {
-        self.started
+        self.child.started()
+    }
+
+    /// CPU time that it has used since.
+    pub fn cpu_time(&self) -> io::Result<Duration> {
+        self.child.cpu_time()
     }
 
     /// Its process id.
@@ -166,7 +166,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        self.child.kill();
         let _ = self.child.wait();
     }
 }
