@@ -25,7 +25,7 @@ struct Copy {
     copied: i64,
 }
 
-const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03_u32 as libc::Ioctl;
 /// Bytes that are filled together.
 const AROUND: u64 = 128 << 10;
 /// `UFFD_EVENT_PAGEFAULT`, the first byte of a `struct uffd_msg`; the address is at byte 16 of 32.

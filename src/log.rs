@@ -16,6 +16,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, Log, Metadata, Record};
@@ -30,6 +31,9 @@ struct Logger(Mutex<Settings>);
 
 struct Settings {
     id: String,
+    /// The thread that started the log, which has no name. The standard library would set up what Rust's own entry point
+    /// does before it said so.
+    nameless: Option<usize>,
     /// Standard error if `None`.
     file: Option<File>,
     show_level: bool,
@@ -40,8 +44,14 @@ struct Settings {
 /// The descriptor of the destination, for who cannot take the lock.
 static DESTINATION: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
 
-static LOGGER: Logger =
-    Logger(Mutex::new(Settings { id: String::new(), file: None, show_level: false, show_origin: false, module: None }));
+static LOGGER: Logger = Logger(Mutex::new(Settings {
+    id: String::new(),
+    nameless: None,
+    file: None,
+    show_level: false,
+    show_origin: false,
+    module: None,
+}));
 
 impl Logger {
     fn settings(&self) -> MutexGuard<'_, Settings> {
@@ -50,9 +60,13 @@ impl Logger {
     }
 }
 
-/// Starts the log of instance `id` on standard error, at level Info. Later calls only change the id.
+/// Starts the log of instance `id` on standard error, at level Info. Later calls only change the id. The calling thread is
+/// one without a name.
 pub fn init(id: &str) {
-    LOGGER.settings().id = id.to_owned();
+    let mut settings = LOGGER.settings();
+    settings.id = id.to_owned();
+    settings.nameless = Some(this_thread());
+    drop(settings);
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Info);
     }
@@ -132,6 +146,11 @@ fn write_stderr(line: &[u8]) -> io::Result<usize> {
     io::Write::write(&mut &*stderr, line)
 }
 
+fn this_thread() -> usize {
+    // SAFETY: it only says which thread calls it.
+    unsafe { libc::pthread_self() as usize }
+}
+
 /// One line on the stack; what does not fit is cut off.
 struct Line {
     buffer: [u8; MAX_LINE],
@@ -150,9 +169,10 @@ impl Line {
     }
 
     fn format(&mut self, settings: &Settings, record: &Record<'_>, time: SystemTime) {
-        let thread = std::thread::current();
+        let thread = (settings.nameless != Some(this_thread())).then(std::thread::current);
+        let thread = thread.as_ref().and_then(Thread::name).unwrap_or("-");
         // It fails where the line is full: then the rest is cut off.
-        let _ = write!(self, "{} [{}:{}", Utc(time), settings.id, thread.name().unwrap_or("-"));
+        let _ = write!(self, "{} [{}:{}", Utc(time), settings.id, thread);
         if settings.show_level {
             let _ = write!(self, ":{}", record.level());
         }
@@ -268,7 +288,7 @@ mod tests {
     use super::*;
 
     fn settings() -> Settings {
-        Settings { id: "vm-1".into(), file: None, show_level: true, show_origin: true, module: None }
+        Settings { id: "vm-1".into(), nameless: None, file: None, show_level: true, show_origin: true, module: None }
     }
 
     fn line(settings: &Settings, args: fmt::Arguments<'_>) -> String {
@@ -285,6 +305,8 @@ mod tests {
         assert_eq!(text, format!("2025-12-31T23:59:59.000000005 [vm-1:{thread}:WARN:src/x.rs:7] hi 1\n"));
         let plain = Settings { show_level: false, show_origin: false, ..settings() };
         assert!(line(&plain, format_args!("hi")).ends_with(&format!("[vm-1:{thread}] hi\n")));
+        let nameless = Settings { nameless: Some(this_thread()), ..plain };
+        assert!(line(&nameless, format_args!("hi")).ends_with("[vm-1:-] hi\n"));
     }
 
     #[test]

@@ -2,8 +2,13 @@
 
 #![no_main]
 
+#[cfg(target_env = "musl")]
+mod heap;
+
+use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::fmt::Display;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::exit;
@@ -38,14 +43,19 @@ const EVENT_BACKLOG: usize = 16;
 /// thread (stack overflow handlers, the bounds of the stack read from /proc), costs a tenth of the
 /// time to the first answer, and the handlers in [`vesicle::signals`] replace it.
 ///
-/// It is called by libc, once; the arguments are read from the standard library.
+/// It is called by libc, once, with the arguments: not every libc lets the standard library know them.
 #[unsafe(no_mangle)]
-extern "C" fn main() -> std::ffi::c_int {
-    run()
+extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
+    let argument = |index| {
+        // SAFETY: libc passes `count` strings, which nobody changes.
+        let argument: &'static CStr = unsafe { CStr::from_ptr(*arguments.add(index)) };
+        OsStr::from_bytes(argument.to_bytes())
+    };
+    run((1..usize::try_from(count).unwrap_or_default()).map(argument))
 }
 
-fn run() -> std::ffi::c_int {
-    let options = match cli::parse(std::env::args_os().skip(1)) {
+fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
+    let options = match cli::parse(arguments) {
         Ok(Cli::Run(options)) => *options,
         Ok(Cli::Print(text)) => {
             print!("{text}");
@@ -67,7 +77,10 @@ fn run() -> std::ffi::c_int {
     // One heap for all threads: each further one would cost address space, page faults and memory,
     // and no thread here allocates where it is in a hurry.
     // SAFETY: called before there are threads; it changes no memory that is in use.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
     // Before any thread: they inherit the signal mask.
     install_fatal_handlers(restore_terminal);
     std::panic::set_hook(Box::new(|panic| {

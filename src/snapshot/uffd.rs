@@ -59,9 +59,9 @@ struct Register {
     ioctls: u64,
 }
 
-const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
 const UFFD_API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
 

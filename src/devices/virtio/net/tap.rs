@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
-use libc::{c_int, c_uint, c_ulong, ifreq, iovec};
+use libc::{Ioctl, c_int, c_uint, c_ulong, ifreq, iovec};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
     VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
@@ -219,7 +219,7 @@ fn no_request() -> ifreq {
 }
 
 /// An ioctl of a TAP that reads or writes `argument`.
-fn ioctl<T>(fd: &impl AsRawFd, request: c_ulong, argument: &mut T) -> io::Result<()> {
+fn ioctl<T>(fd: &impl AsRawFd, request: Ioctl, argument: &mut T) -> io::Result<()> {
     // SAFETY: every request made here is one of /dev/net/tun, which takes a pointer to an ifreq or
     // an int, as `T` is; on any other descriptor it is an error.
     match unsafe { libc::ioctl(fd.as_raw_fd(), request, ptr::from_mut(argument)) } {

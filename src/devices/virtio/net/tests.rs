@@ -78,9 +78,9 @@ impl Host {
             let mut request: libc::ifreq = std::mem::zeroed();
             request.ifr_name[..4].copy_from_slice(&b"tap0".map(u8::cast_signed));
             request.ifr_ifru.ifru_mtu = mtu;
-            assert_eq!(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFMTU, &request), 0);
+            assert_eq!(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFMTU as _, &request), 0);
             request.ifr_ifru.ifru_flags = if up { libc::IFF_UP as i16 } else { 0 };
-            assert_eq!(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request), 0);
+            assert_eq!(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request), 0);
         }
     }
 
@@ -491,7 +491,7 @@ fn host_feature(command: u32) -> bool {
         let mut request: libc::ifreq = std::mem::zeroed();
         request.ifr_name[..4].copy_from_slice(&b"tap0".map(u8::cast_signed));
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        const SIOCETHTOOL: libc::c_ulong = 0x8946;
+        const SIOCETHTOOL: libc::Ioctl = 0x8946;
         assert_eq!(libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &mut request), 0, "{}", io::Error::last_os_error());
     }
     value.data != 0
