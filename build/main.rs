@@ -20,9 +20,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed={filters}");
     println!("cargo:rerun-if-changed={root}/build");
     let filters: serde_json::Value = serde_json::from_slice(&fs::read(filters)?)?;
+    let other = if var("CARGO_CFG_TARGET_ENV")? == "musl" { "(glibc)" } else { "(musl)" };
     let mut source = String::new();
     for name in ["api", "vmm", "vcpu", "memory"] {
-        let program = seccomp::compile(&filters[name]).map_err(|error| format!("the filter of {name}: {error}"))?;
+        let program =
+            seccomp::compile(&filters[name], other).map_err(|error| format!("the filter of {name}: {error}"))?;
         writeln!(source, "static {}: [sock_filter; {}] = [", name.to_uppercase(), program.len())?;
         for seccomp::Statement { code, jt, jf, k } in program {
             writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")?;

@@ -31,6 +31,7 @@
 //! | [`sandbox`] | system-call filters and Landlock: what each thread gives up |
 //! | [`socket`] | Unix sockets in the file system, the API's and vsock's |
 //! | [`random`] | bytes nobody can guess |
+//! | `heap` | libc's functions for memory, where libc is musl |
 //! | [`signals`] | how the process ends when somebody else wants it to |
 //!
 //! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices, sandbox, snapshot} →
@@ -45,6 +46,8 @@ pub mod devices;
 pub mod event_loop;
 #[cfg(test)]
 mod generated;
+#[cfg(target_env = "musl")]
+mod heap;
 pub mod kvm;
 pub mod log;
 pub mod machine;

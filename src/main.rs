@@ -2,9 +2,6 @@
 
 #![no_main]
 
-#[cfg(target_env = "musl")]
-mod heap;
-
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::fmt::Display;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

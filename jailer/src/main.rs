@@ -14,8 +14,9 @@ mod error;
 mod process;
 
 use std::convert::Infallible;
-use std::ffi::{OsString, c_int};
+use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -30,11 +31,17 @@ const FAILURE: c_int = 1;
 const BAD_ARGUMENTS: c_int = 153;
 
 /// The C entry point: what Rust's own sets up before it (the bounds of the stack read from /proc, handlers for its
-/// overflow) would be a tenth of what a jail costs.
+/// overflow) would be a tenth of what a jail costs. Not every libc lets the standard library know the arguments.
 #[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn main() -> c_int {
+extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
     let started = Started::now();
-    let (error, status) = match args::parse(std::env::args_os().skip(1), geteuid().as_raw(), getegid().as_raw()) {
+    let argument = |index| {
+        // SAFETY: libc passes `count` strings, which nobody changes.
+        let argument: &'static CStr = unsafe { CStr::from_ptr(*arguments.add(index)) };
+        OsStr::from_bytes(argument.to_bytes()).to_owned()
+    };
+    let arguments = (1..usize::try_from(count).unwrap_or_default()).map(argument);
+    let (error, status) = match args::parse(arguments, geteuid().as_raw(), getegid().as_raw()) {
         Ok(Request::Print(text)) => {
             print!("{text}");
             return 0;

@@ -211,7 +211,7 @@ impl Vcpu {
             if let (false, Some(thread)) = (waiting, inner.thread) {
                 // SAFETY: it has no memory to be unsafe with. The thread lives, for it cannot become `Exited` while the
                 // lock is held, and the handler of the kick signal does nothing.
-                unsafe { libc::syscall(libc::SYS_tgkill, self.process, thread, kick_signal()) };
+                unsafe { libc::syscall(libc::SYS_tgkill, self.process, thread, KICK) };
             }
         }
         drop(inner);
@@ -357,9 +357,8 @@ fn hardware_virtualization() -> bool {
     __cpuid(1).ecx & VMX != 0 || (__cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & SVM != 0)
 }
 
-fn kick_signal() -> c_int {
-    libc::SIGRTMIN()
-}
+/// The kick: a real-time signal that no libc keeps for itself.
+const KICK: c_int = 36;
 
 /// Gives the kick signal a handler that does nothing, so that it interrupts KVM_RUN and nothing
 /// else. Before the first vCPU runs.
@@ -369,7 +368,7 @@ pub fn install_kick_handler() {
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = nothing as *const () as usize;
-        libc::sigaction(kick_signal(), &action, std::ptr::null_mut());
+        libc::sigaction(KICK, &action, std::ptr::null_mut());
     }
 }
 

@@ -8,10 +8,20 @@ use super::*;
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/resources/seccomp/x86_64.json");
 
+/// The file, without what another libc needs.
+fn file() -> Value {
+    let mut json: Value = serde_json::from_slice(&std::fs::read(FILE).unwrap()).unwrap();
+    let other = if cfg!(target_env = "musl") { "(glibc)" } else { "(musl)" };
+    for filter in json.as_object_mut().unwrap().values_mut() {
+        let rules = filter["filter"].as_array_mut().unwrap();
+        rules.retain(|rule| !rule["comment"].as_str().unwrap().ends_with(other));
+    }
+    json
+}
+
 fn filters() -> BTreeMap<String, Vec<Value>> {
-    let json: Value = serde_json::from_slice(&std::fs::read(FILE).unwrap()).unwrap();
     let rules = |filter: &Value| filter["filter"].as_array().unwrap().clone();
-    json.as_object().unwrap().iter().map(|(name, filter)| (name.clone(), rules(filter))).collect()
+    file().as_object().unwrap().iter().map(|(name, filter)| (name.clone(), rules(filter))).collect()
 }
 
 fn system_calls(rules: &[Value]) -> BTreeSet<&str> {
@@ -54,7 +64,6 @@ fn what_would_undo_the_confinement_is_not_among_them() {
             "unshare",
             "setns",
             "kill",
-            "tkill",
             "prctl",
             "seccomp",
             "memfd_create",
@@ -79,6 +88,7 @@ fn arguments_are_checked_where_they_decide() {
                 "socket" => &[0, 1],
                 "mmap" => &[2],
                 "madvise" | "tgkill" => &[2],
+                "tkill" => &[1],
                 "accept4" => &[3],
                 "openat" => &[0],
                 _ => continue,
@@ -152,7 +162,9 @@ fn evaluate(program: &[sock_filter], number: u32, architecture: u32, arguments: 
 fn what_is_built_in_decides_as_seccompiler_would() {
     const X86_64: u32 = 0xc000_003e;
     let filters = filters();
-    let loaded = Filters::load(Path::new(FILE)).unwrap();
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    serde_json::to_writer(&copy, &file()).unwrap();
+    let loaded = Filters::load(copy.path()).unwrap();
     for kind in ThreadKind::ALL {
         let (ours, theirs) = (Filters::BuiltIn.program(kind), loaded.program(kind));
         assert!(ours.len() < theirs.len() && ours.len() <= 160, "{kind:?}: {} of {}", ours.len(), theirs.len());
