@@ -73,7 +73,7 @@ impl SocketFile {
     /// Whether the path still leads to our socket.
     pub fn is_ours(&self) -> bool {
         let ours = |found: fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
-        fs::symlink_metadata(&self.path).is_ok_and(ours)
+        fs::metadata(&self.path).is_ok_and(ours)
     }
 }
 
