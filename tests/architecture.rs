@@ -12,6 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("metrics", &[]),
     ("log", &[]),
+    ("heap", &[]),
     ("random", &[]),
     ("generated", &[]),
     ("sandbox", &[]),
