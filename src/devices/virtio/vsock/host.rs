@@ -205,6 +205,7 @@ fn message(vecs: &[iovec]) -> libc::msghdr {
     // SAFETY: all zeros is a message without name, buffers and control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vecs.as_ptr().cast_mut();
+    // An int in some libc; there are never more than IOV_MAX.
     message.msg_iovlen = vecs.len() as _;
     message
 }
