@@ -73,17 +73,17 @@ unsafe impl Allocator for Pages {
         ptr::null_mut()
     }
 
-    fn free_part(&self, _: *mut u8, _: usize, _: usize) -> bool {
-        false
+    fn free_part(&self, memory: *mut u8, size: usize, left: usize) -> bool {
+        self.free(memory.wrapping_add(left), size - left)
     }
 
     fn free(&self, memory: *mut u8, size: usize) -> bool {
-        // SAFETY: the heap gives back what `alloc` gave it.
+        // SAFETY: the heap gives back what `alloc` gave it, or the end of that.
         unsafe { libc::munmap(memory.cast(), size) == 0 }
     }
 
     fn can_release_part(&self, _: u32) -> bool {
-        false
+        true
     }
 
     fn allocates_zeros(&self) -> bool {
@@ -92,5 +92,79 @@ unsafe impl Allocator for Pages {
 
     fn page_size(&self) -> usize {
         4096
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_and_zero_as_asked_and_keeps_its_content() {
+        // SAFETY: what is allocated is written within its size and freed once.
+        unsafe {
+            let zeroed = calloc(3, 1000);
+            assert!((0..3000).all(|at| *zeroed.add(at) == 0));
+            zeroed.write_bytes(7, 3000);
+            let grown = realloc(zeroed, 8 << 20);
+            assert!((0..3000).all(|at| *grown.add(at) == 7));
+            free(grown);
+            let aligned = aligned_alloc(4096, 10);
+            assert_eq!(aligned as usize % 4096, 0);
+            free(aligned);
+            free(ptr::null_mut());
+            assert!(calloc(usize::MAX, 2).is_null() && malloc(usize::MAX / 2).is_null());
+        }
+    }
+
+    /// As [`Pages`], and how much of it there is.
+    struct Counted(std::cell::Cell<usize>);
+
+    // SAFETY: as `Pages`, to which it leaves everything.
+    unsafe impl Allocator for Counted {
+        fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
+            self.0.set(self.0.get() + size);
+            Pages.alloc(size)
+        }
+
+        fn remap(&self, memory: *mut u8, old: usize, new: usize, may_move: bool) -> *mut u8 {
+            Pages.remap(memory, old, new, may_move)
+        }
+
+        fn free_part(&self, memory: *mut u8, size: usize, left: usize) -> bool {
+            self.0.set(self.0.get() - (size - left));
+            Pages.free_part(memory, size, left)
+        }
+
+        fn free(&self, memory: *mut u8, size: usize) -> bool {
+            self.0.set(self.0.get() - size);
+            Pages.free(memory, size)
+        }
+
+        fn can_release_part(&self, flags: u32) -> bool {
+            Pages.can_release_part(flags)
+        }
+
+        fn allocates_zeros(&self) -> bool {
+            Pages.allocates_zeros()
+        }
+
+        fn page_size(&self) -> usize {
+            Pages.page_size()
+        }
+    }
+
+    #[test]
+    fn what_was_much_is_given_back() {
+        let mut heap = Dlmalloc::new_with_allocator(Counted(std::cell::Cell::new(0)));
+        // SAFETY: what is allocated is freed once.
+        unsafe {
+            let small = heap.c_malloc(100);
+            let large = heap.c_malloc(64 << 20);
+            assert!(heap.allocator().0.get() > 64 << 20);
+            heap.c_free(large);
+            assert!(heap.allocator().0.get() < 1 << 20, "{}", heap.allocator().0.get());
+            heap.c_free(small);
+        }
     }
 }
