@@ -1,4 +1,4 @@
-//! How much the properties are tried that must hold for anything a guest, a client or a file may say.
+//! Properties that must hold for anything a guest, a client or a file may say: tests, and what a fuzzer runs.
 
 use proptest::test_runner::Config;
 
@@ -8,4 +8,94 @@ pub fn inputs(usual: u32) -> Config {
         Some(_) => Config::default(),
         None => Config { cases: usual, ..Config::default() },
     }
+}
+
+/// As `proptest!`, but where a fuzzer is built each property is a function of the bytes that its inputs are drawn from.
+macro_rules! properties {
+    (#![proptest_config($config:expr)]
+     $($(#[$meta:meta])* fn $name:ident($($input:pat in $strategy:expr),+ $(,)?) $body:block)+) => {
+        #[cfg(not(fuzzing))]
+        proptest::proptest! {
+            #![proptest_config($config)]
+            $($(#[$meta])* fn $name($($input in $strategy),+) $body)+
+        }
+        $(
+            #[cfg(fuzzing)]
+            pub(crate) fn $name(bytes: &[u8]) {
+                let ($($input,)+) = crate::generated::drawn(&($($strategy,)+), bytes);
+                let holds = || -> Result<(), proptest::test_runner::TestCaseError> {
+                    $body
+                    Ok(())
+                };
+                holds().unwrap();
+            }
+        )+
+    };
+    ($($properties:tt)+) => {
+        crate::generated::properties! {
+            #![proptest_config(proptest::test_runner::Config::default())]
+            $($properties)+
+        }
+    };
+}
+
+pub(crate) use properties;
+#[cfg(not(fuzzing))]
+pub(crate) use proptest::prop_oneof;
+
+#[cfg(fuzzing)]
+pub(crate) use self::from_bytes::{drawn, prop_oneof};
+
+#[cfg(fuzzing)]
+pub(crate) mod from_bytes {
+    use std::fmt::Debug;
+    use std::sync::LazyLock;
+
+    use proptest::strategy::{BoxedStrategy, NewTree, Strategy, ValueTree};
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+    /// Follows the bytes of a fuzzer. Proptest would go on with zeroes, which it rejects for ever where a number is
+    /// drawn from a range; this is more than any property takes.
+    static REST: LazyLock<Vec<u8>> =
+        LazyLock::new(|| (0..1u32 << 16).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect());
+
+    /// What the bytes stand for.
+    pub fn drawn<S: Strategy>(strategies: &S, bytes: &[u8]) -> S::Value {
+        let rng = TestRng::from_seed(RngAlgorithm::PassThrough, &[bytes, &REST].concat());
+        let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+        let inputs = strategies.new_tree(&mut runner).unwrap().current();
+        if std::env::var_os("VESICLE_FUZZ_SHOW").is_some() {
+            eprintln!("{inputs:?}");
+        }
+        inputs
+    }
+
+    /// One of several strategies. Proptest's own sets half of the bytes aside for each option before the one it takes,
+    /// to make the input smaller with: after a few choices none would be left.
+    #[derive(Debug)]
+    pub struct OneOf<T: Debug>(pub Vec<BoxedStrategy<T>>);
+
+    impl<T: Debug> Strategy for OneOf<T> {
+        type Tree = Box<dyn ValueTree<Value = T>>;
+        type Value = T;
+
+        fn new_tree(&self, runner: &mut TestRunner) -> NewTree<Self> {
+            let pick = (0..self.0.len() as u32).new_tree(runner)?.current();
+            self.0[pick as usize].new_tree(runner)
+        }
+    }
+
+    /// As proptest's.
+    macro_rules! prop_oneof {
+        ($($weight:expr => $option:expr),+ $(,)?) => {
+            crate::generated::from_bytes::OneOf(
+                [$(vec![proptest::strategy::Strategy::boxed($option); $weight]),+].concat(),
+            )
+        };
+        ($($option:expr),+ $(,)?) => {
+            crate::generated::prop_oneof![$(1 => $option),+]
+        };
+    }
+
+    pub(crate) use prop_oneof;
 }

@@ -37,6 +37,11 @@
 //! Dependencies point one way: `main → cli → api → control → machine → {boot, kvm, devices, sandbox, snapshot} →
 //! {memory, mmds} → crates`; `config`, `metrics` and `log` import nothing of ours. A test keeps this true.
 
+// A fuzzer is built without the tests, but with what they use.
+#![cfg_attr(fuzzing, allow(dead_code, unused_imports, unused_macros))]
+// Clippy knows what is for tests by `cfg(test)` alone; it looks at all that is not without them, too.
+#![cfg_attr(any(test, fuzzing), allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
 pub mod api;
 pub mod boot;
 pub mod cli;
@@ -44,7 +49,9 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
-#[cfg(test)]
+#[cfg(fuzzing)]
+pub mod fuzzing;
+#[cfg(any(test, fuzzing))]
 mod generated;
 #[cfg(target_env = "musl")]
 mod heap;

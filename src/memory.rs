@@ -422,7 +422,7 @@ pub fn populate(memory: &GuestMemory, mut offset: u64, len: u64, write: bool) ->
 }
 
 /// Memory of the given pieces, for tests.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub fn pieces(pieces: &[(u64, u64)]) -> GuestMemory {
     let regions = pieces.iter().map(|&(gpa, size)| reserve(gpa, size, HugePages::None, None).unwrap());
     GuestMemory::from_regions(regions.collect()).unwrap()

@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("heap", &[]),
     ("random", &[]),
     ("generated", &[]),
+    ("fuzzing", &["api", "boot", "devices", "mmds"]),
     ("sandbox", &[]),
     ("signals", &["sandbox"]),
     ("socket", &[]),

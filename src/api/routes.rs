@@ -416,7 +416,7 @@ fn cpu_config_file(path: PathBuf) -> Result<CpuConfig, ConfigError> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod tests;
-#[cfg(test)]
-mod tests_random;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests_random;

@@ -425,5 +425,5 @@ fn message(event: Event) -> Bytes {
     format!("event: {name}\ndata: {json}\n\n").into()
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests;

@@ -339,5 +339,5 @@ fn read_at(file: &File, buf: &mut [u8], offset: u64, what: &'static str) -> Resu
     file.read_exact_at(buf, offset).map_err(|source| Error::Read { what, source })
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests;

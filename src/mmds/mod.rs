@@ -58,7 +58,7 @@ impl Mmds {
     }
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_parallel;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::tests::{configure, fault};
 use super::*;
 use crate::config::*;
-use crate::generated::inputs;
+use crate::generated::{inputs, prop_oneof, properties};
 
 fn bucket() -> impl Strategy<Value = Option<TokenBucketConfig>> {
     any::<(u64, u64, u64)>().prop_map(|(size, refill, burst)| TokenBucketConfig::new(size, refill, burst))
@@ -121,7 +121,7 @@ fn json() -> impl Strategy<Value = serde_json::Value> {
         any::<bool>().prop_map(Into::into),
         any::<i64>().prop_map(Into::into),
         any::<u64>().prop_map(Into::into),
-        any::<f64>().prop_map(Into::into),
+        any::<u64>().prop_map(|bits| f64::from_bits(bits).into()),
         "\\PC{0,8}".prop_map(Into::into),
         proptest::sample::select(vec!["a", "Paused", "InstanceStart", "2M", "None", "Sync", "Writeback", "Warn"])
             .prop_map(Into::into),
@@ -159,16 +159,20 @@ fn json() -> impl Strategy<Value = serde_json::Value> {
         "machine-config",
         "pmem",
     ]);
-    leaf.prop_recursive(3, 24, 6, move |inner| {
-        prop_oneof![
-            proptest::collection::vec(inner.clone(), 0..4).prop_map(Into::into),
-            proptest::collection::btree_map(field.clone(), inner, 0..6).prop_map(|map| map
+    let mut json = leaf.boxed();
+    for _ in 0..3 {
+        json = prop_oneof![
+            1 => json.clone(),
+            1 => proptest::collection::vec(json.clone(), 0..4).prop_map(Into::into),
+            2 => proptest::collection::btree_map(field.clone(), json, 0..6).prop_map(|map| map
                 .into_iter()
                 .map(|(k, v)| (k.to_owned(), v))
                 .collect::<serde_json::Map<_, _>>()
                 .into()),
         ]
-    })
+        .boxed();
+    }
+    json
 }
 
 fn method() -> impl Strategy<Value = Method> {
@@ -180,7 +184,8 @@ fn path() -> impl Strategy<Value = String> {
         8 => (0..ENDPOINTS.len()).prop_map(|index| {
             format!("/{}", ENDPOINTS[index].path.replace("{drive_id}", "a").replace("{iface_id}", "a"))
         }),
-        1 => "/(drives|vm|mmds|snapshot)?/?\\PC{0,8}",
+        1 => (proptest::sample::select(vec!["", "drives", "vm", "mmds", "snapshot"]), "/?\\PC{0,8}")
+            .prop_map(|(start, rest)| format!("/{start}{rest}")),
         1 => "\\PC{0,8}",
     ]
 }
@@ -198,7 +203,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-proptest! {
+properties! {
     #![proptest_config(inputs(2000))]
 
     #[test]

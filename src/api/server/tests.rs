@@ -369,7 +369,7 @@ fn the_contract_and_the_metrics_are_served() {
     assert!(client.head().contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
 }
 
-proptest::proptest! {
+crate::generated::properties! {
     #![proptest_config(crate::generated::inputs(300))]
 
     /// Requests that are cut, doubled, overwritten or nothing of the sort; then one that is right.
@@ -404,6 +404,8 @@ proptest::proptest! {
 
 fn packet() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
     use proptest::prelude::*;
+
+    use crate::generated::prop_oneof;
     let request = |method: &str, path: &str, headers: &str, body: &str| {
         format!("{method} {path} HTTP/1.1\r\n{headers}\r\n{body}").into_bytes()
     };

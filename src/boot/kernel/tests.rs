@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::*;
+use crate::generated::properties;
 
 const LOAD: u64 = 0x100_0000;
 
@@ -309,7 +310,7 @@ fn huge_pages_are_copied_to() {
     assert!(!is_mapped(HugePages::Transparent));
 }
 
-proptest! {
+properties! {
     /// Whatever the alignment of segments in memory and in the file, mapped is as good as copied.
     #[test]
     fn mapping_and_copying_give_the_same_memory(

@@ -17,14 +17,14 @@ pub mod net;
 mod queue;
 pub mod rate_limiter;
 pub mod state;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_races;
-#[cfg(test)]
-mod tests_random;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests_random;
 pub mod vsock;
 mod window;
 

@@ -12,7 +12,7 @@ use super::block::Block;
 use super::testing::*;
 use super::{Buffers, Device, Interrupt, Virtqueue, Windows};
 use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterConfig};
-use crate::generated::inputs;
+use crate::generated::{inputs, prop_oneof, properties};
 use crate::metrics;
 
 /// A few descriptors, so that chains meet often.
@@ -138,7 +138,7 @@ fn assert_recovers(guest: &Guest, file: &std::fs::File) {
     assert_eq!(beyond, [0x77; 256]);
 }
 
-proptest! {
+properties! {
     #![proptest_config(inputs(100))]
 
     /// Any sequence of register accesses and kicks, with any descriptors behind them.

@@ -308,5 +308,5 @@ impl VirtioDevice for Net {
     }
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests;

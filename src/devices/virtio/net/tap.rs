@@ -163,7 +163,7 @@ impl Tap {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Tap {
     /// What is no TAP at all.
     pub fn of_file(file: File) -> Self {

@@ -21,7 +21,7 @@ const TX: usize = 1;
 const TYPE: u16 = 0x88b5;
 
 mod limits;
-mod random;
+pub(crate) mod random;
 mod service;
 
 /// The host's side: the interface of a TAP, and a socket that sends and receives whole frames there.

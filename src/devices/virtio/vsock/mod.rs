@@ -16,7 +16,7 @@
 //! System calls after the start: `epoll_wait`, `epoll_ctl`, `accept4`, `recvfrom`, `recvmsg`, `sendmsg`, `socket`,
 //! `connect`, `shutdown`, `close`, `timerfd_settime`, and `clock_gettime` where the vDSO has none.
 
-mod connection;
+pub(crate) mod connection;
 mod guest;
 mod host;
 mod muxer;
@@ -213,9 +213,9 @@ impl VirtioDevice for Vsock {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod testing;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod tests_random;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests_random;

@@ -432,7 +432,7 @@ impl Muxer {
     }
 
     /// Places in use; a place that is not is in the list of free ones.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn connections(&self) -> usize {
         assert_eq!(self.slots.iter().filter(|slot| slot.occupant.is_none()).count(), self.free.len());
         self.slots.len() - self.free.len()

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::testing::*;
 use crate::devices::virtio::testing::readable;
-use crate::generated::inputs;
+use crate::generated::{inputs, prop_oneof, properties};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -147,7 +147,7 @@ impl World {
     }
 }
 
-proptest! {
+properties! {
     #![proptest_config(inputs(60))]
 
     #[test]

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::devices::virtio::tests_random::{Descriptor, descriptor, write_table};
-use crate::generated::inputs;
+use crate::generated::{inputs, prop_oneof, properties};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -69,7 +69,7 @@ impl Cable {
     }
 }
 
-proptest! {
+properties! {
     #![proptest_config(inputs(60))]
 
     #[test]

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::generated::{prop_oneof, properties};
 
 const PORTS: Ports = Ports { host: 1 << 30, guest: 52 };
 const ROOM: Credit = Credit { buf_alloc: 1000, fwd_cnt: 0 };
@@ -297,9 +298,9 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-proptest! {
+properties! {
     #[test]
-    fn no_order_of_steps_breaks_a_bound(from_host: bool, steps in prop::collection::vec(step(), 1..200)) {
+    fn no_order_of_steps_breaks_a_bound(from_host in any::<bool>(), steps in prop::collection::vec(step(), 1..200)) {
         let mut connection = if from_host { asking() } else { Connection::from_guest(&packet(Op::Request)) };
         let (mut over, mut resets, mut opened) = (false, 0, 0);
         let mut told = Credit { buf_alloc: BUF_ALLOC, fwd_cnt: 0 };

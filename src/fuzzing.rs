@@ -1,0 +1,25 @@
+//! What a fuzzer calls: the properties that `tools/fuzz` lists, by its names for them.
+
+use crate::{api, boot, devices::virtio, mmds};
+
+/// A property, which panics where it does not hold for the inputs that the bytes stand for.
+type Target = fn(&[u8]);
+
+const TARGETS: [(&str, Target); 10] = [
+    ("mmio", virtio::tests_random::registers_and_descriptors_at_random_break_nothing),
+    ("block", virtio::tests_random::requests_at_random_break_nothing),
+    ("queue", virtio::tests_random::buffers_lie_in_guest_ram),
+    ("net", virtio::net::tests::random::no_random_sequence_of_buffers_and_frames_breaks_the_network),
+    ("vsock", virtio::vsock::tests_random::no_random_sequence_of_packets_and_peers_breaks_the_vsock),
+    ("credit", virtio::vsock::connection::tests::no_order_of_steps_breaks_a_bound),
+    ("mmds", mmds::tests::random_frames_break_nothing),
+    ("http", api::server::tests::no_bytes_end_the_server),
+    ("api", api::routes::tests_random::any_request_is_understood_or_refused_in_the_documented_shape),
+    ("kernel", boot::kernel::tests::hostile_headers_never_panic),
+];
+
+/// Runs the target of that name.
+pub fn run(name: &str, bytes: &[u8]) {
+    let (_, target) = TARGETS.iter().find(|(target, _)| *target == name).unwrap();
+    target(bytes);
+}
