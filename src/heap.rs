@@ -1,7 +1,8 @@
-//! The heap where libc is musl: its functions for memory, by Doug Lea's allocator, which is fast, and small at the start.
+//! The heap where libc is musl: its functions for memory, by Doug Lea's allocator, which is fast, and small at the
+//! start.
 //!
-//! They replace libc's own, not only Rust's global allocator: what the standard library keeps for itself, such as a thread's
-//! handle, it always asks libc for, and a second heap would cost a tenth of the start.
+//! They replace libc's own, not only Rust's global allocator: what the standard library keeps for itself, such as a
+//! thread's handle, it always asks libc for, and a second heap would cost a twentieth of the start.
 
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -55,7 +56,8 @@ unsafe extern "C" fn free(memory: *mut u8) {
     unsafe { heap().c_free(memory) }
 }
 
-/// Where the heap has its memory from: mmap(2) and munmap(2) and nothing else, which keeps the system-call filters small.
+/// Where the heap has its memory from: mmap(2) and munmap(2) and nothing else, which keeps the system-call filters
+/// small.
 struct Pages;
 
 // SAFETY: what is mapped is nobody else's, and zero, until all of it is unmapped.

@@ -60,8 +60,8 @@ impl Logger {
     }
 }
 
-/// Starts the log of instance `id` on standard error, at level Info. Later calls only change the id. The calling thread is
-/// one without a name.
+/// Starts the log of instance `id` on standard error, at level Info. Later calls only change the id. The calling thread
+/// is one without a name.
 pub fn init(id: &str) {
     let mut settings = LOGGER.settings();
     settings.id = id.to_owned();

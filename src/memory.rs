@@ -309,7 +309,7 @@ impl GuestRam {
     /// ends within a page that is not its last, RAM is made of huge pages, or the host refuses.
     pub fn map_file(&self, gpa: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         self.map(gpa, file, offset, len)?;
-        let start = if gpa < MMIO_GAP_START { gpa } else { gpa - (MMIO_GAP_END - MMIO_GAP_START) };
+        let start = offset_of(gpa);
         let range = start..(start + len).next_multiple_of(PAGE_SIZE);
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         Ok(())
@@ -395,6 +395,11 @@ impl GuestRam {
         let Ok(count) = usize::try_from(len) else { return Err(outside) };
         self.memory.get_slice(GuestAddress(gpa), count).map_err(|_| outside)
     }
+}
+
+/// The offset into RAM without the gap of a guest physical address, which is one of RAM.
+fn offset_of(gpa: u64) -> u64 {
+    if gpa < MMIO_GAP_START { gpa } else { gpa - MMIO_GAP_END + MMIO_GAP_START }
 }
 
 /// The guest physical address of an offset into RAM without the gap.

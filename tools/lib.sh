@@ -64,7 +64,7 @@ need_toolchain() {
   target=${CARGO_BUILD_TARGET:-x86_64-unknown-linux-musl}
   if [[ ! -d $(rustc --print sysroot)/lib/rustlib/$target ]]; then
     say "adding Rust's standard library for $target"
-    rustup --quiet target add "$target" || {
+    rustup --quiet target add "$target" >&2 || {
       target=x86_64-unknown-linux-gnu
       say "there is none to be had; building for $target, which starts in twice the time"
     }
