@@ -135,6 +135,33 @@ fetch_package() {
 # cloud_kernel SERIES: prints the directory of Debian's newest cloud kernel of that series, such as 6.12.
 cloud_kernel() { unpacked "linux-image-${1//./\\.}\.[0-9].*-cloud-amd64"; }
 
+# vmlinux KERNEL_DIR: prints the ELF image of a kernel package. Its bzImage unpacks itself to that whenever it boots, which
+# takes as long as the rest of the boot.
+vmlinux() {
+  local image dir key
+  image=$(echo "$1"/boot/vmlinuz-*)
+  key=$({ echo "$image"; cat "$root/tools/lib.sh"; } | sha256sum)
+  dir=$cache/guest/vmlinux-${key:0:16}
+  once "$dir" unpack_vmlinux "$image"
+  echo "$dir/vmlinux"
+}
+
+# Linux boot protocol: setup_sects, payload_offset and payload_length. The payload ends with its size when unpacked.
+unpack_vmlinux() {
+  local sectors offset length
+  read -r sectors < <(od -An -tu1 -j 0x1f1 -N 1 "$1")
+  read -r offset length < <(od -An -tu4 -j 0x248 -N 8 "$1")
+  offset=$((offset + 512 * (sectors + 1)))
+  if [[ $(od -An -tx4 -j "$offset" -N 4 "$1") == *fd2fb528 ]]; then
+    need zstd:zstd
+    dd if="$1" iflag=skip_bytes,count_bytes skip="$offset" count="$((length - 4))" bs=1M status=none |
+      zstd -dc >"$2/vmlinux"
+  else
+    # Compressed by other means than zstd, it boots as it is.
+    ln -s "$1" "$2/vmlinux"
+  fi
+}
+
 busybox() { echo "$(unpacked busybox-static)/bin/busybox"; }
 
 # copy_modules KERNEL_DIR DEST MODULE…: the modules and all they depend on, unpacked as DEST/NN-name.ko, where the

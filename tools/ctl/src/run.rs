@@ -24,7 +24,7 @@ pub const FAILED: u8 = 125;
 
 /// A quiet kernel that resets the machine when it panics. The default guest loads its drivers as modules.
 pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
-    i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+    i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
 
 /// What `vesiclectl run --help` prints.
 pub const HELP: &str = "\
