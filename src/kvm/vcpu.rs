@@ -1,9 +1,12 @@
 //! A vCPU and its thread.
 //!
 //! ```text
-//!  Parked ──Run──▶ Running ──Park──▶ Parked
-//!     └──────────────┴──Stop, or an exit nobody can handle──▶ Exited
+//!  New ──any──▶ Confining ──▶ Parked ──Run──▶ Running ──Park──▶ Parked
+//!   └──────────────┴────────────┴───────────────┴──Stop, or an exit nobody can handle──▶ Exited
 //! ```
+//!
+//! The thread gives up what it does not need when it hears the first [`Wish`], and then parks: what
+//! the vmm thread waits for before it has any vCPU run, for a guest may take over this process.
 //!
 //! The vmm thread states a [`Wish`]; the thread follows it between two entries into the guest and
 //! says so through one eventfd that all vCPUs share. To break into KVM_RUN the vmm thread sets
@@ -62,6 +65,8 @@ pub enum Report {
 
 #[derive(Debug)]
 enum State {
+    New,
+    Confining,
     Parked,
     Running,
     Exited(Option<Report>),
@@ -99,6 +104,15 @@ unsafe impl Send for ImmediateExit {}
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first wish.
+    fn first(&self) -> Wish {
+        let mut inner = self.lock();
+        while matches!(inner.state, State::New) {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.wish
     }
 
     /// Parks as long as that is the wish; the one that it ends with.
@@ -142,7 +156,7 @@ pub struct Vcpu {
 /// What a vCPU is doing, seen from the vmm thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Run {
-    /// In the guest or handling an exit.
+    /// In the guest, handling an exit or not ready yet.
     Running,
     /// Parked.
     Parked,
@@ -151,7 +165,7 @@ pub enum Run {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `id`, parked. `to_vmm` is signalled when it parks or exits. The thread begins with
+    /// Starts the thread of vCPU `id`. `to_vmm` is signalled when it parks or exits. The first wish has it begin with
     /// `confine`; if that fails it exits and says why.
     pub fn spawn<E: Exits + 'static>(
         id: u8,
@@ -165,7 +179,7 @@ impl Vcpu {
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
                 wish: Wish::Park,
-                state: State::Parked,
+                state: State::New,
                 immediate_exit,
                 thread: None,
                 retired: None,
@@ -179,9 +193,12 @@ impl Vcpu {
             .spawn({
                 let shared = Arc::clone(&shared);
                 move || {
-                    let report = match confine() {
-                        Ok(()) => live(&shared, &mut fd, exits.as_ref()),
-                        Err(why) => Some(Report::Failure(why)),
+                    let report = match shared.first() {
+                        Wish::Stop => None,
+                        Wish::Run | Wish::Park => match confine() {
+                            Ok(()) => live(&shared, &mut fd, exits.as_ref()),
+                            Err(why) => Some(Report::Failure(why)),
+                        },
                     };
                     let mut inner = shared.lock();
                     inner.state = State::Exited(report);
@@ -197,11 +214,14 @@ impl Vcpu {
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
     pub fn wish(&self, wish: Wish) {
         let mut inner = self.shared.lock();
-        let waiting = matches!(inner.state, State::Parked);
+        let waiting = matches!(inner.state, State::New | State::Parked);
         if matches!(inner.state, State::Exited(_)) {
             return;
         }
         inner.wish = wish;
+        if matches!(inner.state, State::New) {
+            inner.state = State::Confining;
+        }
         if wish == Wish::Run {
             // Seen by the vmm thread at once, so that a park right after it is not taken for done.
             inner.state = State::Running;
@@ -220,17 +240,16 @@ impl Vcpu {
         }
     }
 
-    /// A handle of the vCPU besides its thread's, if it is parked.
+    /// A handle of the vCPU besides its thread's, if it does not run.
     ///
     /// # Errors
     /// As [`Vm::second_handle`].
     pub fn second_handle(&self, vm: &Vm) -> Result<Option<VcpuFd>, Error> {
         let inner = self.shared.lock();
-        if !matches!(inner.state, State::Parked) {
+        if !matches!(inner.state, State::New | State::Confining | State::Parked) {
             return Ok(None);
         }
-        // SAFETY: the thread is parked and cannot exit while the lock is held, so its descriptor is
-        // open.
+        // SAFETY: the thread cannot exit while the lock is held, so its descriptor is open.
         unsafe { vm.second_handle(self.fd) }.map(Some)
     }
 
@@ -238,7 +257,7 @@ impl Vcpu {
     pub fn state(&self) -> Run {
         match &self.shared.lock().state {
             State::Parked => Run::Parked,
-            State::Running => Run::Running,
+            State::New | State::Confining | State::Running => Run::Running,
             State::Exited(report) => Run::Exited(report.clone()),
         }
     }

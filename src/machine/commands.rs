@@ -9,7 +9,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::lifecycle::{METRICS_PERIOD, Metrics, Vmm, refuse, watch};
 use super::{Error, chain, devices};
 use crate::config::{MetricsConfig, VsockConfig};
-use crate::control::{Answer, Command, Refusal, Reply};
+use crate::control::{Answer, Command, Event, Lifecycle, Refusal, Reply};
 use crate::event_loop::{Token, When};
 use crate::log;
 use crate::metrics::JsonLines;
@@ -88,7 +88,8 @@ impl Vmm {
             }
             // A running one is paused by way of `serve`.
             Command::Pause => {}
-            Command::Resume => self.resume(),
+            Command::Resume if self.state == Lifecycle::Running => {}
+            Command::Resume => self.due.run = Some(Event::Resumed),
         }
         Ok(Reply::Done)
     }

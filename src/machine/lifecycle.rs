@@ -1,7 +1,9 @@
 //! The vmm thread: collects the configuration, then runs the machine, pauses and ends it.
 //!
 //! Parking vCPUs is a state of the event loop, never a wait: commands that arrive meanwhile are
-//! answered when the pause is complete.
+//! answered when the pause is complete. So is what the guest waits for and a client need not: once
+//! a request is answered the threads give up what the machine does not need, and when all have, the
+//! guest runs.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,6 +32,7 @@ use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::{Report, Run, Wish};
 use crate::metrics::{JsonLines, METRICS};
 use crate::mmds::{self, Mmds};
+use crate::sandbox::landlock::Grants;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::signals::Termination;
 use crate::socket::SocketFile;
@@ -74,6 +77,15 @@ pub(super) enum Purpose {
     Snapshot(Box<Live>),
 }
 
+/// What is left to do when the request at hand has its answer.
+#[derive(Default)]
+pub(super) struct Due {
+    /// This thread and those of the vCPUs have to be confined; this one keeps these paths.
+    pub(super) confinement: Option<Grants>,
+    /// The guest is to run; this is what to call it.
+    pub(super) run: Option<Event>,
+}
+
 /// The metrics file and when to write it.
 pub(super) struct Metrics {
     pub(super) lines: JsonLines,
@@ -110,8 +122,7 @@ pub struct Vmm {
     pub(super) deferred: VecDeque<Request>,
     /// What failed and cannot be tried again ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
-    /// Run once the request at hand is answered.
-    pub(super) resume_due: bool,
+    pub(super) due: Due,
     /// A machine that only waits for the load of its snapshot.
     pub(super) prepared: Option<Prepared>,
     /// The snapshot that this microVM came from.
@@ -152,7 +163,7 @@ impl Vmm {
             live: None,
             deferred: VecDeque::new(),
             doom: None,
-            resume_due: false,
+            due: Due::default(),
             prepared: None,
             origin: None,
         })
@@ -165,7 +176,11 @@ impl Vmm {
 
     /// Serves commands and devices until the microVM ends.
     pub fn run(&mut self) -> Ending {
+        self.follow_up();
         loop {
+            if let Some(ending) = self.doom.take() {
+                return self.end(ending);
+            }
             let tokens = match self.events.wait(self.live.is_none()) {
                 Ok(tokens) => tokens,
                 Err(error) => return self.end(Ending::failure(format!("cannot wait for events: {error}"))),
@@ -210,12 +225,17 @@ impl Vmm {
 
     fn serve_commands(&mut self) {
         while let Some(request) = self.commands.next() {
-            if self.parking.is_some() || self.live.is_some() && request.command.needs_rest() {
+            if self.is_changing() || self.live.is_some() && request.command.needs_rest() {
                 self.deferred.push_back(request);
             } else {
                 self.serve(request);
             }
         }
+    }
+
+    /// Whether vCPUs are being waited for: what arrives meanwhile has to wait as well.
+    fn is_changing(&self) -> bool {
+        self.parking.is_some() || self.due.run.is_some()
     }
 
     fn serve(&mut self, request: Request) {
@@ -235,14 +255,30 @@ impl Vmm {
         }
         // The client may have gone away; what it asked for is done all the same.
         let _ = reply.send(self.execute(command));
-        self.resume_if_due();
+        self.follow_up();
     }
 
-    /// Runs the guest if the request that was just answered asked for it: not before, lest the guest
-    /// takes the processor from whoever waits for the answer.
-    fn resume_if_due(&mut self) {
-        if std::mem::take(&mut self.resume_due) {
-            self.resume();
+    /// Does what is due, as far as it can be done by now. The client has its answer: the guest would take the processor
+    /// from whoever waits for it. A failure ends the process.
+    fn follow_up(&mut self) {
+        if let Some(grants) = self.due.confinement.take() {
+            // Whoever waits for the answer goes first, also where there is one processor.
+            std::thread::yield_now();
+            // Beside this thread, where there is more than one.
+            self.machine.iter().for_each(Machine::confine_vcpus);
+            let sandbox = std::mem::take(&mut self.host).sandbox;
+            if let Err(error) = sandbox.confine_paths(&grants).and_then(|()| sandbox.filter(ThreadKind::Vmm)) {
+                // A guest that nothing confines must not run.
+                self.due.run = None;
+                self.doom = Some(Ending::failure(format!("the process cannot be confined: {}", chain(&error))));
+            }
+        }
+        // A vCPU that runs before all are confined could take over one that is not.
+        let parked = |machine: &Machine| machine.vcpus.iter().all(|vcpu| vcpu.state() == Run::Parked);
+        if self.machine.as_ref().is_some_and(parked)
+            && let Some(event) = self.due.run.take()
+        {
+            self.resume(event);
         }
     }
 
@@ -251,30 +287,19 @@ impl Vmm {
             timer.start();
         }
         let machine = self.build().map_err(refuse)?;
-        let machine = self.install(machine, &[])?;
-        for vcpu in &machine.vcpus {
-            vcpu.wish(Wish::Run);
-        }
-        self.enter(Lifecycle::Running, Event::Started);
+        self.install(machine, &[])?;
+        self.due.run = Some(Event::Started);
         Ok(())
     }
 
-    /// Makes a machine that was built the one that the event loop serves. This thread gives up what the machine does not
-    /// need; `snapshot` are the files it came from. A failure ends the process.
-    pub(super) fn install(&mut self, machine: Machine, snapshot: &[&Path]) -> Result<&mut Machine, Refusal> {
+    /// Makes a machine that was built the one that the event loop serves. The process is due to give up what it does not
+    /// need; `snapshot` are the files it came from.
+    pub(super) fn install(&mut self, machine: Machine, snapshot: &[&Path]) -> Result<(), Refusal> {
         self.watch_machine(&machine).map_err(refuse)?;
         self.files.clear();
-        let machine = self.machine.insert(machine);
-        machine.console.open_input(&self.events);
-        let sandbox = std::mem::take(&mut self.host).sandbox;
-        let confined = sandbox.confine_paths(&files::grants(&self.config, snapshot));
-        if let Err(error) = confined.and_then(|()| sandbox.filter(ThreadKind::Vmm)) {
-            // Whoever tried again would run a guest that nothing confines.
-            let refusal = refuse(error.into());
-            self.doom = Some(Ending::doomed("the process cannot be confined", &refusal));
-            return Err(refusal);
-        }
-        Ok(machine)
+        self.machine.insert(machine).console.open_input(&self.events);
+        self.due.confinement = Some(files::grants(&self.config, snapshot));
+        Ok(())
     }
 
     /// Loads a snapshot into a process that was not configured otherwise. One that fails has changed
@@ -359,10 +384,8 @@ impl Vmm {
         }
     }
 
-    pub(super) fn resume(&mut self) {
-        if self.state == Lifecycle::Running {
-            return;
-        }
+    /// Runs the guest, which `event` tells.
+    pub(super) fn resume(&mut self, event: Event) {
         let Some(machine) = &self.machine else { return };
         for device in machine.bus.virtio() {
             device.resume();
@@ -370,10 +393,10 @@ impl Vmm {
         for vcpu in &machine.vcpus {
             vcpu.wish(Wish::Run);
         }
-        self.enter(Lifecycle::Running, Event::Resumed);
+        self.enter(Lifecycle::Running, event);
     }
 
-    /// A vCPU parked or ended: completes a pause, or ends the machine.
+    /// A vCPU parked or ended: completes a pause or what is due, or ends the machine.
     fn vcpus_changed(&mut self) -> Option<Ending> {
         let machine = self.machine.as_ref()?;
         let mut parked = true;
@@ -402,15 +425,15 @@ impl Vmm {
                 Purpose::Snapshot(live) => self.finish_live(*live),
             };
             let _ = reply.send(done);
-            self.resume_if_due();
-            self.serve_deferred();
         }
+        self.follow_up();
+        self.serve_deferred();
         None
     }
 
     /// Serves what had to wait, as long as it has not to wait again.
     pub(super) fn serve_deferred(&mut self) {
-        while self.parking.is_none()
+        while !self.is_changing()
             && self.live.is_none()
             && let Some(request) = self.deferred.pop_front()
         {

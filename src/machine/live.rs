@@ -15,7 +15,7 @@ use super::running::Machine;
 use super::snapshot::SnapshotError;
 use super::snapshot::files::{Files, MemoryFile, check_targets, new_id, pages_of};
 use crate::config::SnapshotCreate;
-use crate::control::{Answer, Refusal, Reply};
+use crate::control::{Answer, Event, Refusal, Reply};
 use crate::metrics::METRICS;
 use crate::snapshot::Id;
 use crate::snapshot::memory::{Copy, Pages};
@@ -106,7 +106,7 @@ impl Vmm {
         machine.console.write_output(&machine.bus.serial, &self.events);
         let files = live.catch_up(machine).and_then(|()| Files::draft(machine, &self.config, &live.request, live.id));
         // Nobody waits for the disk but the client and the devices.
-        self.resume();
+        self.resume(Event::Resumed);
         if let Some(parked) = live.parked {
             METRICS.latencies_us.live_snapshot_pause.set(parked.elapsed().as_micros() as u64);
         }

@@ -14,7 +14,7 @@ use super::snapshot::SnapshotError;
 use super::{Error, chain};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::Windows;
-use crate::kvm::{Kvm, Vcpu, Vm};
+use crate::kvm::{Kvm, Vcpu, Vm, Wish};
 use crate::memory::GuestRam;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::snapshot::pagemap::Pagemap;
@@ -80,6 +80,13 @@ impl Machine {
         Ok(pagemap.try_clone().map_err(fail)?)
     }
 
+    /// Has the threads of the vCPUs confine themselves; each is parked when it has.
+    pub fn confine_vcpus(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.wish(Wish::Park);
+        }
+    }
+
     /// Where its devices go.
     pub fn sockets(&self) -> Sockets<'_> {
         Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
@@ -109,7 +116,7 @@ impl Machine {
         }
     }
 
-    /// Has a handle for each vCPU in `handles`; they are parked.
+    /// Has a handle for each vCPU in `handles`; none runs.
     pub fn take_handles(&mut self) -> Result<(), Error> {
         if self.handles.is_empty() {
             let take =

@@ -188,6 +188,7 @@ impl Vmm {
         let prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
         let size = prepared.machine.ram.size();
         let runs = working_set.map(|path| read_working_set(path, prepared.id, size)).transpose().map_err(refuse)?;
+        prepared.machine.confine_vcpus();
         if let Some(vcpu) = prepared.machine.handles.first() {
             map_ahead(&prepared.machine.ram, vcpu, &runs.unwrap_or_default());
         }
@@ -220,7 +221,7 @@ impl Vmm {
         self.install(machine, if request.backend == MemoryBackend::File { &files } else { &files[..1] })?;
         self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
-        self.resume_due = request.resume_vm;
+        self.due.run = request.resume_vm.then_some(Event::Resumed);
         Ok(())
     }
 
@@ -267,7 +268,7 @@ impl Vmm {
             self.doom = Some(Ending::doomed("the reset failed", &refusal));
             return Err(refusal);
         }
-        self.resume_due = request.resume_vm;
+        self.due.run = request.resume_vm.then_some(Event::Resumed);
         Ok(())
     }
 
