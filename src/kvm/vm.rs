@@ -73,8 +73,6 @@ impl Kvm {
 /// A VM without vCPUs.
 pub struct Vm {
     fd: VmFd,
-    /// Only there to hold on to the VM.
-    _undertaker: Option<IoUring>,
 }
 
 impl Vm {
@@ -104,8 +102,20 @@ impl Vm {
         // The dummy speaker port keeps guests that beep from exiting to us.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-        let undertaker = undertaker(&fd).inspect_err(|error| log::debug!("no deferred teardown: {error}")).ok();
-        Ok(Self { fd, _undertaker: undertaker })
+        Ok(Self { fd })
+    }
+
+    /// A ring that holds the VM's file and does nothing else. The kernel takes a VM apart when the last
+    /// reference to its file goes, and waits out several grace periods for it (25 ms measured), which
+    /// otherwise whoever waits for this process waits out as well; a ring's references are given up on
+    /// a kernel thread.
+    ///
+    /// # Errors
+    /// The host allows no rings.
+    pub fn undertaker(&self) -> io::Result<IoUring> {
+        let ring = IoUring::new(1)?;
+        ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
+        Ok(ring)
     }
 
     /// Makes the descriptor of vCPU `id`.
@@ -168,14 +178,4 @@ impl Vm {
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.fd.register_irqfd(event, gsi).map_err(ioctl("KVM_IRQFD"))
     }
-}
-
-/// A ring that holds the VM's file and does nothing else. The kernel takes a VM apart when the last
-/// reference to its file goes, and waits out several grace periods for it (25 ms measured), which
-/// otherwise whoever waits for this process waits out as well; a ring's references are given up on
-/// a kernel thread.
-fn undertaker(vm: &VmFd) -> io::Result<IoUring> {
-    let ring = IoUring::new(1)?;
-    ring.submitter().register_files(&[vm.as_raw_fd()])?;
-    Ok(ring)
 }

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -266,7 +266,8 @@ impl Vmm {
             std::thread::yield_now();
             // Beside this thread, where there is more than one.
             self.machine.iter().for_each(Machine::confine_vcpus);
-            let sandbox = std::mem::take(&mut self.host).sandbox;
+            let Host { sandbox, proc, .. } = std::mem::take(&mut self.host);
+            self.machine.iter_mut().for_each(|machine| machine.provide(proc.as_ref().map(AsFd::as_fd)));
             if let Err(error) = sandbox.confine_paths(&grants).and_then(|()| sandbox.filter(ThreadKind::Vmm)) {
                 // A guest that nothing confines must not run.
                 self.due.run = None;

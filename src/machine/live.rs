@@ -48,7 +48,7 @@ impl Live {
 
     /// Copies a slice; whether it was the last.
     fn go_on(&mut self, machine: &Machine) -> Result<bool, Error> {
-        let done = self.copy.go_on(&machine.ram, &machine.pagemap()?, self.file.file(), SLICE);
+        let done = self.copy.go_on(&machine.ram, machine.pagemap()?, self.file.file(), SLICE);
         Ok(done.map_err(|source| self.file.error(source))?)
     }
 
@@ -59,7 +59,7 @@ impl Live {
         let pagemap = machine.pagemap()?;
         let rest = || {
             let mut rest = Copy::new(&machine.ram, Pages::Noted(written), self.file.file())?;
-            rest.go_on(&machine.ram, &pagemap, self.file.file(), u64::MAX)?;
+            rest.go_on(&machine.ram, pagemap, self.file.file(), u64::MAX)?;
             METRICS.snapshot.live_paused_bytes.add(rest.copied());
             crate::snapshot::memory::mark(self.file.file(), machine.ram.size(), self.id)
         };

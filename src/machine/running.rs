@@ -1,8 +1,9 @@
 //! A machine whose vCPUs have threads: the parts, and what is asked of all of them.
 
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use io_uring::IoUring;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,6 +18,7 @@ use crate::devices::virtio::Windows;
 use crate::kvm::{Kvm, Vcpu, Vm, Wish};
 use crate::memory::GuestRam;
 use crate::sandbox::seccomp::ThreadKind;
+use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
 
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
@@ -37,8 +39,10 @@ pub struct Machine {
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
     windows: Windows,
-    /// Opened while it could be.
+    /// See [`Self::provide`].
     pagemap: Option<Pagemap>,
+    pub(super) pristine: Option<Pristine>,
+    undertaker: Option<IoUring>,
 }
 
 impl Machine {
@@ -53,7 +57,6 @@ impl Machine {
                 Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
             })
             .collect::<Result<_, _>>()?;
-        let pagemap = Pagemap::open(host.proc.as_ref().map(|proc| proc.as_fd())).ok();
         let handles = Vec::new();
         let (populating, handler_gone, has_base) = (None, None, false);
         Ok(Self {
@@ -69,15 +72,26 @@ impl Machine {
             handler_gone,
             has_base,
             windows,
-            pagemap,
+            pagemap: None,
+            pristine: None,
+            undertaker: None,
         })
     }
 
+    /// Opens what it may need later, when this process can open nothing any more. Whoever misses something then says so.
+    pub fn provide(&mut self, proc: Option<BorrowedFd<'_>>) {
+        if self.undertaker.is_none() {
+            self.pagemap = Pagemap::open(proc).ok();
+            self.pristine =
+                Pristine::map(&self.ram).inspect_err(|error| log::warn!("{}.", chain(error))).ok().flatten();
+            self.undertaker =
+                self.vm.undertaker().inspect_err(|error| log::debug!("no deferred teardown: {error}")).ok();
+        }
+    }
+
     /// The page tables of this process.
-    pub fn pagemap(&self) -> Result<Pagemap, Error> {
-        let pagemap = self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)?;
-        let fail = |source| SnapshotError::Memory { path: "of this process".into(), source };
-        Ok(pagemap.try_clone().map_err(fail)?)
+    pub fn pagemap(&self) -> Result<&Pagemap, SnapshotError> {
+        self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)
     }
 
     /// Has the threads of the vCPUs confine themselves; each is parked when it has.

@@ -12,6 +12,7 @@ mod error;
 pub(super) mod files;
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,7 @@ use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
-use crate::snapshot::memory::{self, Pristine};
-use crate::snapshot::pagemap::Pagemap;
+use crate::snapshot::memory;
 use crate::snapshot::working_set::{self, Run};
 use crate::snapshot::{Id, format};
 
@@ -148,8 +148,6 @@ impl State {
 pub struct Origin {
     state: State,
     realtime: bool,
-    pagemap: Pagemap,
-    pristine: Option<Pristine>,
 }
 
 fn same(what: &'static str, found: usize, expected: usize) -> Result<(), SnapshotError> {
@@ -170,7 +168,7 @@ impl Vmm {
         // Taken in any case: the next Diff begins here.
         let written = machine.take_written()?.filter(|_| has_base);
         let written =
-            memory::write(&machine.ram, pages_of(request.kind, written), &machine.pagemap()?, id, memory.file());
+            memory::write(&machine.ram, pages_of(request.kind, written), machine.pagemap()?, id, memory.file());
         written.map_err(|source| memory.error(source))?;
         files.publish(memory)?;
         machine.has_base = true;
@@ -185,7 +183,8 @@ impl Vmm {
     pub fn prepare(&mut self, path: &Path, working_set: Option<&Path>) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
         let layout = Layout::from(&snapshot.state.checked_config()?);
-        let prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
+        let mut prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
+        prepared.machine.provide(self.host.proc.as_ref().map(AsFd::as_fd));
         let size = prepared.machine.ram.size();
         let runs = working_set.map(|path| read_working_set(path, prepared.id, size)).transpose().map_err(refuse)?;
         prepared.machine.confine_vcpus();
@@ -227,7 +226,7 @@ impl Vmm {
 
     /// Gives a prepared machine its devices and starts its clocks.
     fn wake(&self, prepared: Prepared, request: &SnapshotLoad) -> Result<(Machine, Origin), Error> {
-        let Prepared { id, state, mut machine, kicks, pagemap, pristine, .. } = prepared;
+        let Prepared { id, state, mut machine, kicks, .. } = prepared;
         let devices = self.devices()?;
         same("virtio devices", state.virtio.len(), devices.len())?;
         machine.sockets().plug(devices, kicks)?;
@@ -239,15 +238,19 @@ impl Vmm {
             machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone())?);
         }
         state.wake(&machine.parts(), request.clock_realtime)?;
-        Ok((machine, Origin { state, realtime: request.clock_realtime, pagemap, pristine }))
+        Ok((machine, Origin { state, realtime: request.clock_realtime }))
     }
 
     /// Whether a reset would be right.
     pub(super) fn check_reset(&self, request: &SnapshotReset) -> Result<(), Refusal> {
-        if self.machine.as_ref().is_some_and(|machine| machine.ram.is_served()) {
+        let (Some(machine), Some(_)) = (&self.machine, &self.origin) else {
+            return Err(refuse(SnapshotError::NoOrigin.into()));
+        };
+        if machine.ram.is_served() {
             return Err(refuse(SnapshotError::Served.into()));
         }
-        if self.origin.is_none() || self.machine.as_ref().is_none_or(|machine| machine.ram.base().is_none()) {
+        machine.pagemap().map_err(|error| refuse(error.into()))?;
+        if machine.pristine.is_none() {
             return Err(refuse(SnapshotError::NoOrigin.into()));
         }
         match self.config.drives.iter().find(|drive| !drive.is_read_only && drive.overlay.is_none()) {
@@ -366,8 +369,6 @@ pub struct Prepared {
     layout: Layout,
     machine: Machine,
     kicks: Vec<EventFd>,
-    pagemap: Pagemap,
-    pristine: Option<Pristine>,
 }
 
 impl Prepared {
@@ -382,11 +383,8 @@ impl Prepared {
         let kicks = std::mem::take(&mut shell.kicks);
         let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
         machine.handler_gone = handler_gone;
-        let pagemap = machine.pagemap()?;
-        let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
-        let pristine = Pristine::map(&machine.ram).map_err(fail)?;
         machine.take_handles()?;
-        Ok(Self { id, state, files, layout, machine, kicks, pagemap, pristine })
+        Ok(Self { id, state, files, layout, machine, kicks })
     }
 
     /// Whether a load asks for what was prepared.
@@ -408,8 +406,8 @@ impl Prepared {
 impl Origin {
     fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
         let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
-        let pristine = self.pristine.as_ref().ok_or(SnapshotError::NoOrigin)?;
-        memory::take_back(&machine.ram, pristine, &self.pagemap).map_err(fail)?;
+        let pristine = machine.pristine.as_ref().ok_or(SnapshotError::NoOrigin)?;
+        memory::take_back(&machine.ram, pristine, machine.pagemap()?).map_err(fail)?;
         layers::clear(machine)?;
         machine.take_handles()?;
         self.state.apply(&machine.handles)?;

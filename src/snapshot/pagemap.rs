@@ -102,15 +102,6 @@ impl Pagemap {
         Self { file, cannot_scan: AtomicBool::new(false) }
     }
 
-    /// Another descriptor of it.
-    ///
-    /// # Errors
-    /// The process has too many.
-    pub fn try_clone(&self) -> Result<Self, Error> {
-        let file = self.file.try_clone();
-        file.map(Self::of).map_err(|source| Error::Io("duplicate the descriptor of pagemap", source))
-    }
-
     /// Calls `take` with each run of wanted pages among the `size` bytes mapped at `host`: those that
     /// are `which`, or within one of the ascending ranges `always`; all as offsets from `host`.
     ///
