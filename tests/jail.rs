@@ -5,9 +5,10 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use common::{Guest, JAILER, MicroVm, Mode, artefact};
 use serde_json::{Value, json};
@@ -50,6 +51,30 @@ fn every_thread_of_a_running_microvm_is_under_a_filter() {
         threads.insert(name);
     }
     assert!(["api", "vcpu0", "vcpu1"].iter().all(|name| threads.contains(*name)), "{threads:?}");
+}
+
+#[test]
+fn no_vcpu_enters_the_guest_before_every_thread_is_confined() {
+    let vcpus = 4;
+    let dir = tempfile::tempdir().unwrap();
+    let calls = dir.path().join("calls");
+    let mut vm = Guest::tuned().vcpus(vcpus).configure();
+    let mut strace = Command::new("strace")
+        .args(["-f", "-e", "trace=seccomp,ioctl", "-p", &vm.pid().to_string(), "-o"])
+        .arg(&calls)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut says = BufReader::new(strace.stderr.take().unwrap()).lines();
+    assert!(says.any(|line| line.unwrap().contains("attached")));
+    vm.start();
+    vm.wait_until_ready();
+    let killed = Command::new("kill").args(["-INT", &strace.id().to_string()]).status().unwrap();
+    assert!(killed.success() && strace.wait().is_ok());
+    let calls = fs::read_to_string(calls).unwrap();
+    let (before, after) = calls.split_once("KVM_RUN").unwrap();
+    assert_eq!(before.matches("seccomp(SECCOMP_SET_MODE_FILTER").count(), 1 + usize::from(vcpus), "{before}");
+    assert!(!after.contains("seccomp"), "{after}");
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! A vCPU and its thread.
 //!
 //! ```text
-//!  New ──any──▶ Confining ──▶ Parked ──Run──▶ Running ──Park──▶ Parked
-//!   └──────────────┴────────────┴───────────────┴──Stop, or an exit nobody can handle──▶ Exited
+//!  New ──Park──▶ Parked ──Run──▶ Running ──Park──▶ Parked
+//!   └───────────────┴───────────────┴──Stop, or an exit nobody can handle──▶ Exited
 //! ```
 //!
-//! The thread gives up what it does not need when it hears the first [`Wish`], and then parks: what
-//! the vmm thread waits for before it has any vCPU run, for a guest may take over this process.
+//! The first wish has the thread give up what it does not need, which the vmm thread waits for
+//! before it has any vCPU run: a guest may take over this process.
 //!
 //! The vmm thread states a [`Wish`]; the thread follows it between two entries into the guest and
 //! says so through one eventfd that all vCPUs share. To break into KVM_RUN the vmm thread sets
@@ -66,7 +66,6 @@ pub enum Report {
 #[derive(Debug)]
 enum State {
     New,
-    Confining,
     Parked,
     Running,
     Exited(Option<Report>),
@@ -156,7 +155,7 @@ pub struct Vcpu {
 /// What a vCPU is doing, seen from the vmm thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Run {
-    /// In the guest, handling an exit or not ready yet.
+    /// In the guest or handling an exit.
     Running,
     /// Parked.
     Parked,
@@ -220,7 +219,7 @@ impl Vcpu {
         }
         inner.wish = wish;
         if matches!(inner.state, State::New) {
-            inner.state = State::Confining;
+            inner.state = State::Parked;
         }
         if wish == Wish::Run {
             // Seen by the vmm thread at once, so that a park right after it is not taken for done.
@@ -246,7 +245,7 @@ impl Vcpu {
     /// As [`Vm::second_handle`].
     pub fn second_handle(&self, vm: &Vm) -> Result<Option<VcpuFd>, Error> {
         let inner = self.shared.lock();
-        if !matches!(inner.state, State::New | State::Confining | State::Parked) {
+        if !matches!(inner.state, State::New | State::Parked) {
             return Ok(None);
         }
         // SAFETY: the thread cannot exit while the lock is held, so its descriptor is open.
@@ -256,8 +255,8 @@ impl Vcpu {
     /// What it is doing.
     pub fn state(&self) -> Run {
         match &self.shared.lock().state {
-            State::Parked => Run::Parked,
-            State::New | State::Confining | State::Running => Run::Running,
+            State::New | State::Parked => Run::Parked,
+            State::Running => Run::Running,
             State::Exited(report) => Run::Exited(report.clone()),
         }
     }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::shell::Shell;
 use super::snapshot::SnapshotError;
 use super::{Error, chain};
-use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::snapshot::uffd::{self, Handler};
@@ -21,19 +21,20 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The thread makes system calls, and writes a line to the log.
 const STACK_SIZE: usize = 64 << 10;
 
-/// Has the handler at `path` serve `ram`; what is returned is signalled when it is gone.
-pub fn attach(path: &Path, ram: &mut GuestRam, sandbox: Sandbox) -> Result<Arc<EventFd>, Error> {
+/// Has the handler at `path` serve the shell's RAM; what is returned is signalled when it is gone.
+pub fn attach(path: &Path, shell: &mut Shell, sandbox: Sandbox) -> Result<Arc<EventFd>, Error> {
     let fail = |source| SnapshotError::Handler { path: path.to_owned(), source };
-    let handler = Handler::connect(path, ram).map_err(fail)?;
-    ram.set_served();
+    let handler = Handler::connect(path, &mut shell.ram).map_err(fail)?;
+    shell.ram.set_served();
     let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let gone = Arc::new(event.map_err(|source| Error::Event("create an eventfd", source))?);
-    let signal = Arc::clone(&gone);
+    let (signal, confining) = (Arc::clone(&gone), shell.confining.thread());
     let watch = move || {
         if let Err(error) = sandbox.confine_thread(ThreadKind::Memory) {
             ::log::error!("The page fault handler cannot be watched: {}.", chain(&error));
             end();
         }
+        drop(confining);
         handler.wait();
         ::log::error!("The microVM has to end: {GONE}.");
         let _ = signal.write(1);

@@ -1,9 +1,10 @@
 //! The vmm thread: collects the configuration, then runs the machine, pauses and ends it.
 //!
 //! Parking vCPUs is a state of the event loop, never a wait: commands that arrive meanwhile are
-//! answered when the pause is complete. So is what the guest waits for and a client need not: once
-//! a request is answered the threads give up what the machine does not need, and when all have, the
-//! guest runs.
+//! answered when the pause is complete.
+//!
+//! What the guest waits for and a client need not follows the answer: all threads give up what the
+//! machine does not need, and then the guest runs.
 
 use std::collections::VecDeque;
 use std::io;
@@ -32,8 +33,8 @@ use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::{Report, Run, Wish};
 use crate::metrics::{JsonLines, METRICS};
 use crate::mmds::{self, Mmds};
-use crate::sandbox::landlock::Grants;
 use crate::sandbox::seccomp::ThreadKind;
+use crate::sandbox::{self, landlock::Grants};
 use crate::signals::Termination;
 use crate::socket::SocketFile;
 
@@ -77,10 +78,11 @@ pub(super) enum Purpose {
     Snapshot(Box<Live>),
 }
 
-/// What is left to do when the request at hand has its answer.
+/// What is left to do when the request at hand has its answer. The guest would take the processor from whoever waits
+/// for that.
 #[derive(Default)]
 pub(super) struct Due {
-    /// This thread and those of the vCPUs have to be confined; this one keeps these paths.
+    /// All threads have to be confined; this one keeps these paths.
     pub(super) confinement: Option<Grants>,
     /// The guest is to run; this is what to call it.
     pub(super) run: Option<Event>,
@@ -225,17 +227,12 @@ impl Vmm {
 
     fn serve_commands(&mut self) {
         while let Some(request) = self.commands.next() {
-            if self.is_changing() || self.live.is_some() && request.command.needs_rest() {
+            if self.parking.is_some() || self.live.is_some() && request.command.needs_rest() {
                 self.deferred.push_back(request);
             } else {
                 self.serve(request);
             }
         }
-    }
-
-    /// Whether vCPUs are being waited for: what arrives meanwhile has to wait as well.
-    fn is_changing(&self) -> bool {
-        self.parking.is_some() || self.due.run.is_some()
     }
 
     fn serve(&mut self, request: Request) {
@@ -258,29 +255,33 @@ impl Vmm {
         self.follow_up();
     }
 
-    /// Does what is due, as far as it can be done by now. The client has its answer: the guest would take the processor
-    /// from whoever waits for it. A failure ends the process.
+    /// Does what is due. A failure ends the process.
     fn follow_up(&mut self) {
-        if let Some(grants) = self.due.confinement.take() {
-            // Whoever waits for the answer goes first, also where there is one processor.
-            std::thread::yield_now();
-            // Beside this thread, where there is more than one.
-            self.machine.iter().for_each(Machine::confine_vcpus);
-            let Host { sandbox, proc, .. } = std::mem::take(&mut self.host);
-            self.machine.iter_mut().for_each(|machine| machine.provide(proc.as_ref().map(AsFd::as_fd)));
-            if let Err(error) = sandbox.confine_paths(&grants).and_then(|()| sandbox.filter(ThreadKind::Vmm)) {
-                // A guest that nothing confines must not run.
-                self.due.run = None;
-                self.doom = Some(Ending::failure(format!("the process cannot be confined: {}", chain(&error))));
-            }
-        }
-        // A vCPU that runs before all are confined could take over one that is not.
-        let parked = |machine: &Machine| machine.vcpus.iter().all(|vcpu| vcpu.state() == Run::Parked);
-        if self.machine.as_ref().is_some_and(parked)
-            && let Some(event) = self.due.run.take()
+        let Due { confinement, run } = std::mem::take(&mut self.due);
+        if let Some(grants) = confinement
+            && let Err(error) = self.confine(&grants)
         {
+            // A guest that nothing confines must not run.
+            self.doom = Some(Ending::failure(format!("the process cannot be confined: {}", chain(&error))));
+        } else if let Some(event) = run {
             self.resume(event);
         }
+    }
+
+    /// Has all threads give up what the machine does not need; this one keeps the paths of `grants`. Until the last has,
+    /// none may run the guest: it could take over one that has not.
+    fn confine(&mut self, grants: &Grants) -> Result<(), sandbox::Error> {
+        let (Some(machine), Host { sandbox, proc, .. }) = (&mut self.machine, std::mem::take(&mut self.host)) else {
+            return Ok(());
+        };
+        // Whoever waits for the answer goes first, also where there is one processor.
+        std::thread::yield_now();
+        machine.confine_vcpus();
+        machine.provide(proc.as_ref().map(AsFd::as_fd));
+        sandbox.confine_paths(grants)?;
+        sandbox.filter(ThreadKind::Vmm)?;
+        machine.confining.wait();
+        Ok(())
     }
 
     pub(super) fn start(&mut self) -> Result<(), Refusal> {
@@ -397,7 +398,7 @@ impl Vmm {
         self.enter(Lifecycle::Running, event);
     }
 
-    /// A vCPU parked or ended: completes a pause or what is due, or ends the machine.
+    /// A vCPU parked or ended: completes a pause, or ends the machine.
     fn vcpus_changed(&mut self) -> Option<Ending> {
         let machine = self.machine.as_ref()?;
         let mut parked = true;
@@ -426,15 +427,15 @@ impl Vmm {
                 Purpose::Snapshot(live) => self.finish_live(*live),
             };
             let _ = reply.send(done);
+            self.follow_up();
+            self.serve_deferred();
         }
-        self.follow_up();
-        self.serve_deferred();
         None
     }
 
     /// Serves what had to wait, as long as it has not to wait again.
     pub(super) fn serve_deferred(&mut self) {
-        while !self.is_changing()
+        while self.parking.is_none()
             && self.live.is_none()
             && let Some(request) = self.deferred.pop_front()
         {

@@ -31,17 +31,27 @@ pub struct Populating {
 }
 
 impl Populating {
-    /// Starts it for the pages of `runs`, which are offsets into RAM without the gap.
+    /// Starts it for the pages of `runs`, which are offsets into RAM without the gap. It drops `confining` when it is
+    /// confined.
     ///
     /// # Errors
     /// There can be no further thread.
-    pub fn start(ram: GuestMemory, runs: Vec<Run>, sandbox: Sandbox) -> Result<Self, Error> {
+    pub fn start(
+        ram: GuestMemory,
+        runs: Vec<Run>,
+        sandbox: Sandbox,
+        confining: impl Send + 'static,
+    ) -> Result<Self, Error> {
         let stop = Arc::new(AtomicBool::new(false));
         let theirs = Arc::clone(&stop);
-        let live = move || match sandbox.confine_thread(ThreadKind::Memory) {
-            Ok(()) => populate(&ram, &runs, &theirs),
-            // Nothing is lost but time.
-            Err(error) => ::log::warn!("The working set is not populated: {}.", super::chain(&error)),
+        let live = move || {
+            let confined = sandbox.confine_thread(ThreadKind::Memory);
+            drop(confining);
+            match confined {
+                Ok(()) => populate(&ram, &runs, &theirs),
+                // Nothing is lost but time.
+                Err(error) => ::log::warn!("The working set is not populated: {}.", super::chain(&error)),
+            }
         };
         let thread = std::thread::Builder::new().name("memory".into()).stack_size(STACK_SIZE).spawn(live);
         let thread = thread.map_err(|source| Error::Event("start the thread for the working set", source))?;

@@ -17,6 +17,7 @@ use crate::devices::bus::Bus;
 use crate::devices::virtio::Windows;
 use crate::kvm::{Kvm, Vcpu, Vm, Wish};
 use crate::memory::GuestRam;
+use crate::sandbox::Confining;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
@@ -43,17 +44,23 @@ pub struct Machine {
     pagemap: Option<Pagemap>,
     pub(super) pristine: Option<Pristine>,
     undertaker: Option<IoUring>,
+    /// Its threads, until it runs for the first time.
+    pub(super) confining: Confining,
 }
 
 impl Machine {
     /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
     pub fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
-        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event } = shell;
+        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event, confining } = shell;
         let vcpus = (0..)
             .zip(vcpu_fds)
             .map(|(id, fd)| {
                 let sandbox = host.sandbox.clone();
-                let confine = move || sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error));
+                let held = confining.thread();
+                let confine = move || {
+                    let _held = held;
+                    sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error))
+                };
                 Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
             })
             .collect::<Result<_, _>>()?;
@@ -75,6 +82,7 @@ impl Machine {
             pagemap: None,
             pristine: None,
             undertaker: None,
+            confining,
         })
     }
 
@@ -94,7 +102,7 @@ impl Machine {
         self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)
     }
 
-    /// Has the threads of the vCPUs confine themselves; each is parked when it has.
+    /// Has the threads of the vCPUs confine themselves.
     pub fn confine_vcpus(&self) {
         for vcpu in &self.vcpus {
             vcpu.wish(Wish::Park);

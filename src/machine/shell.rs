@@ -18,6 +18,7 @@ use crate::kvm::{self, Kvm, Vm};
 use crate::memory::{self, GuestRam, MmioDevice, VM_GENERATION_ID};
 use crate::metrics::METRICS;
 use crate::random;
+use crate::sandbox::Confining;
 
 impl kvm::Exits for Bus {
     fn io_in(&self, port: u16, data: &mut [u8]) {
@@ -87,6 +88,8 @@ pub struct Shell {
     pub kicks: Vec<EventFd>,
     /// Signalled by vCPUs.
     pub vcpu_event: Arc<EventFd>,
+    /// Its threads.
+    pub confining: Confining,
 }
 
 impl Shell {
@@ -110,7 +113,8 @@ impl Shell {
         let swallowed = event(libc::EFD_NONBLOCK)?;
         let kicks = (0..devices).map(|index| wire_virtio(&vm, index, &swallowed)).collect::<Result<_, _>>()?;
         let bus = Arc::new(wire(&vm, boot_timer)?);
-        Ok(Self { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event: Arc::new(event(0)?) })
+        let (vcpu_event, confining) = (Arc::new(event(0)?), Confining::default());
+        Ok(Self { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event, confining })
     }
 }
 

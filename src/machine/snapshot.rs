@@ -235,7 +235,8 @@ impl Vmm {
         if let Some(path) = &request.working_set_path {
             let runs = read_working_set(path, id, machine.ram.size())?;
             let ram = machine.ram.memory().clone();
-            machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone())?);
+            let confining = machine.confining.thread();
+            machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone(), confining)?);
         }
         state.wake(&machine.parts(), request.clock_realtime)?;
         Ok((machine, Origin { state, realtime: request.clock_realtime }))
@@ -377,7 +378,7 @@ impl Prepared {
         let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, host.kvm.as_ref())?;
         let handler_gone = match memory {
             Memory::File(file) => shell.ram.load(file).map(|()| None)?,
-            Memory::Handler(path) => Some(handler::attach(&path, &mut shell.ram, host.sandbox.clone())?),
+            Memory::Handler(path) => Some(handler::attach(&path, &mut shell, host.sandbox.clone())?),
         };
         state.apply(&shell.vcpu_fds)?;
         let kicks = std::mem::take(&mut shell.kicks);

@@ -7,9 +7,11 @@ pub mod landlock;
 pub mod seccomp;
 pub mod syscalls;
 
+use std::convert::Infallible;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
 
 use crate::config::{SandboxConfig, SeccompConfig};
 use crate::metrics::METRICS;
@@ -98,6 +100,33 @@ impl Sandbox {
         filters.install(kind)?;
         METRICS.sandbox.seccomp_filters.inc();
         Ok(())
+    }
+}
+
+/// Threads that have still to confine themselves.
+#[derive(Debug)]
+pub struct Confining {
+    held: Option<Sender<Infallible>>,
+    dropped: Receiver<Infallible>,
+}
+
+impl Default for Confining {
+    fn default() -> Self {
+        let (held, dropped) = mpsc::channel();
+        Self { held: Some(held), dropped }
+    }
+}
+
+impl Confining {
+    /// What another thread drops when it is confined.
+    pub fn thread(&self) -> impl Send + use<> {
+        self.held.clone()
+    }
+
+    /// Returns when all are confined, or gone.
+    pub fn wait(&mut self) {
+        self.held = None;
+        let _ = self.dropped.recv();
     }
 }
 
