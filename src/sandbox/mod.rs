@@ -144,3 +144,27 @@ impl fmt::Display for Sandbox {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_waited_for_until_the_last_is_confined_or_gone() {
+        let mut confining = Confining::default();
+        let (confined, late) = (confining.thread(), confining.thread());
+        let (waiting, began) = mpsc::channel();
+        let (told, done) = mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            waiting.send(()).unwrap();
+            confining.wait();
+            told.send(()).unwrap();
+        });
+        began.recv().unwrap();
+        drop(confined);
+        assert_eq!(done.recv_timeout(std::time::Duration::from_millis(50)), Err(mpsc::RecvTimeoutError::Timeout));
+        drop(late);
+        done.recv().unwrap();
+        waiter.join().unwrap();
+    }
+}
