@@ -23,7 +23,8 @@ pub struct Windows(Arc<[Page]>);
 impl Windows {
     /// `count` windows that read as zero.
     pub fn new(count: usize) -> Self {
-        Self((0..count).map(|_| Page([const { AtomicU32::new(0) }; WORDS])).collect())
+        // SAFETY: words of zero are a page.
+        Self(unsafe { Arc::new_zeroed_slice(count).assume_init() })
     }
 
     /// The memory slot for all of them; `None` if there are none. It is valid as long as a clone of
