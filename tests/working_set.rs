@@ -169,6 +169,10 @@ fn a_working_set_that_is_none_is_refused_and_named() {
         let refusal = next.refused_put("/snapshot/load", &load(&snapshot, &file));
         assert!(refusal.contains("working_set_path") && refusal.contains(reason), "{refusal}");
         assert_eq!(next.wait_exit().code(), Some(1));
-        vm = Some(next);
+        let [state, file] = [&snapshot.state, &file].map(|path| path.to_str().unwrap());
+        let mut shell = next.successor_with(&["--prepare", state, "--working-set-path", file]);
+        assert_eq!(shell.wait_exit().code(), Some(152));
+        assert!(shell.log().contains(reason), "{}", shell.log());
+        vm = Some(shell);
     }
 }

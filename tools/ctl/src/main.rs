@@ -33,7 +33,8 @@ Usage: vesiclectl run [OPTION]... [-- COMMAND...]
 ";
 
 fn main() -> ExitCode {
-    match command() {
+    let mut failed = 1;
+    match command(&mut failed) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprint!("vesiclectl: {error}");
@@ -43,16 +44,18 @@ fn main() -> ExitCode {
                 cause = error.source();
             }
             eprintln!();
-            ExitCode::from(run::FAILED)
+            ExitCode::from(failed)
         }
     }
 }
 
-/// Does what the arguments ask for; returns the exit status.
-fn command() -> Result<u8, Box<dyn Error>> {
+/// Does what the arguments ask for; returns the exit status, which is `failed` after an error.
+fn command(failed: &mut u8) -> Result<u8, Box<dyn Error>> {
     let mut parser = Parser::from_env();
     match parser.next().map_err(usage)? {
         Some(Arg::Value(name)) if name == "run" => {
+            // The others are the command's.
+            *failed = run::FAILED;
             if let Some(run) = run::Run::parse(&mut parser).map_err(usage)? {
                 return run.run();
             }
