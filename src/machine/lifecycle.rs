@@ -225,8 +225,11 @@ impl Vmm {
         None
     }
 
+    /// Serves what was asked, up to what ends the process: after that nothing may run the guest.
     fn serve_commands(&mut self) {
-        while let Some(request) = self.commands.next() {
+        while self.doom.is_none()
+            && let Some(request) = self.commands.next()
+        {
             if self.parking.is_some() || self.live.is_some() && request.command.needs_rest() {
                 self.deferred.push_back(request);
             } else {
@@ -435,7 +438,8 @@ impl Vmm {
 
     /// Serves what had to wait, as long as it has not to wait again.
     pub(super) fn serve_deferred(&mut self) {
-        while self.parking.is_none()
+        while self.doom.is_none()
+            && self.parking.is_none()
             && self.live.is_none()
             && let Some(request) = self.deferred.pop_front()
         {

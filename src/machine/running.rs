@@ -40,7 +40,8 @@ pub struct Machine {
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
     windows: Windows,
-    /// See [`Self::provide`].
+    /// Whether [`Self::provide`] has opened these three, as far as the host let it.
+    provided: bool,
     pagemap: Option<Pagemap>,
     pub(super) pristine: Option<Pristine>,
     undertaker: Option<IoUring>,
@@ -79,6 +80,7 @@ impl Machine {
             handler_gone,
             has_base,
             windows,
+            provided: false,
             pagemap: None,
             pristine: None,
             undertaker: None,
@@ -88,7 +90,7 @@ impl Machine {
 
     /// Opens what it may need later, when this process can open nothing any more. Whoever misses something then says so.
     pub fn provide(&mut self, proc: Option<BorrowedFd<'_>>) {
-        if self.undertaker.is_none() {
+        if !std::mem::replace(&mut self.provided, true) {
             self.pagemap = Pagemap::open(proc).ok();
             self.pristine =
                 Pristine::map(&self.ram).inspect_err(|error| log::warn!("{}.", chain(error))).ok().flatten();
