@@ -136,7 +136,7 @@ fetch_package() {
 cloud_kernel() { unpacked "linux-image-${1//./\\.}\.[0-9].*-cloud-amd64"; }
 
 # vmlinux KERNEL_DIR: prints the ELF image of a kernel package. Its bzImage unpacks itself to that whenever it boots, which
-# takes as long as the rest of the boot.
+# takes a good part of the boot.
 vmlinux() {
   local image dir key
   image=$(echo "$1"/boot/vmlinuz-*)

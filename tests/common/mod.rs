@@ -37,7 +37,8 @@ pub use jail::{JAILER, Mode, Place};
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A quiet kernel whose console and shell are the serial port.
-pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
+pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 i8042.noaux i8042.nomux \
+    i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
 
 /// The job of a guest that is told what to do as it goes: it runs the lines it is sent, one after the other. A record
 /// separator and the exit status end a command's output.
