@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -145,6 +146,7 @@ fn serving(bench: &Bench, subject: &Subject) -> Result<MicroVm> {
     let mut api = launch(bench, subject)?;
     api.configure(&bench.files().configuration(Job::Vsock, subject.image_mapping()))?;
     instance_start(&mut api)?;
+    api.process.await_input(listener.as_fd())?;
     let _connected = listener.accept()?;
     rest();
     Ok(MicroVm(api))

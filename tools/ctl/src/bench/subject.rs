@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -150,6 +150,24 @@ impl Process {
         }
     }
 
+    /// Waits until there is something to read from `descriptor`, or its end, which is an error.
+    pub fn await_input(&mut self, descriptor: BorrowedFd<'_>) -> Result<(), Box<dyn Error>> {
+        let limit = Timespec::try_from(LIMIT)?;
+        let mut polled = [
+            PollFd::from_borrowed_fd(descriptor, PollFlags::IN),
+            // Hangs up when the process has ended.
+            PollFd::new(&self.output, PollFlags::empty()),
+        ];
+        if poll(&mut polled, Some(&limit))? == 0 {
+            return Err(format!("nothing came within {} s", LIMIT.as_secs()).into());
+        }
+        if polled[0].revents().contains(PollFlags::IN) {
+            return Ok(());
+        }
+        let status = self.child.wait()?;
+        Err(self.failure(status))
+    }
+
     /// Waits for its end, which must be a clean one.
     pub fn await_end(&mut self) -> Result<Instant, Box<dyn Error>> {
         let status = self.child.wait()?;
@@ -257,5 +275,21 @@ mod tests {
         let mut process = Process::start(Path::new("/bin/sh"), &["-c", "echo no; exit 3"]).unwrap();
         assert!(process.await_output("yes").unwrap_err().to_string().contains("no"));
         assert!(process.await_end().is_err());
+    }
+
+    #[test]
+    fn whoever_waits_for_a_process_that_ends_learns_why() {
+        let (near, _far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let mut process = Process::start(Path::new("/bin/sh"), &["-c", "echo no guest; exit 3"]).unwrap();
+        let failure = process.await_input(near.as_fd()).unwrap_err().to_string();
+        assert!(failure.contains("3: no guest"), "{failure}");
+    }
+
+    #[test]
+    fn what_comes_is_not_waited_for_any_longer() {
+        let (near, far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        far.send(b"ready").unwrap();
+        let mut process = Process::start(Path::new("/bin/sh"), &["-c", "echo; sleep 60"]).unwrap();
+        process.await_input(near.as_fd()).unwrap();
     }
 }

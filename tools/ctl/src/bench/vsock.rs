@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,7 @@ impl Talk {
         api.configure(&bench.files().configuration(job, subject.image_mapping()))?;
         let sent = Instant::now();
         instance_start(&mut api)?;
+        api.process.await_input(listener.as_fd())?;
         listener.accept()?;
         let connected = sent.elapsed();
         let stream = dial(&path, LISTEN_PORT)?;
