@@ -9,9 +9,10 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 
 use common::snapshot::Snapshot;
-use common::{Guest, JAILER, MicroVm, Mode, artefact};
+use common::{Guest, JAILER, MicroVm, Mode, PATIENCE, artefact};
 use seccompiler::sock_filter;
 use serde_json::{Value, json};
 
@@ -95,7 +96,9 @@ fn a_process_that_cannot_be_confined_runs_no_guest_whoever_asks() {
     let resumed = std::thread::scope(|scope| {
         scope.spawn(|| api.put("/snapshot/load", &load));
         // Refused as long as there is no microVM; the one that is not waits behind the load.
+        let end = Instant::now() + PATIENCE;
         loop {
+            assert!(Instant::now() < end, "nothing was loaded");
             match api.patch("/vm", &json!({ "state": "Resumed" })) {
                 Ok(reply) if reply.status == 400 => {}
                 reply => break reply,
