@@ -28,6 +28,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+pub use vesiclectl::BOOT_ARGS;
 use vesiclectl::{Client, Job, Script, Vesicle};
 
 #[allow(unused_imports)]
@@ -35,10 +36,6 @@ pub use jail::{JAILER, Mode, Place};
 
 /// Where KVM itself is emulated a guest takes seconds to boot, and longer beside others.
 pub const PATIENCE: Duration = Duration::from_secs(240);
-
-/// A quiet kernel whose console and shell are the serial port.
-pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 i8042.noaux i8042.nomux \
-    i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
 
 /// The job of a guest that is told what to do as it goes: it runs the lines it is sent, one after the other. A record
 /// separator and the exit status end a command's output.

@@ -2,12 +2,13 @@
 //!
 //! - [`Vesicle`] is a running VMM process that was handed its API socket and ends with its owner.
 //! - [`Client`] speaks HTTP/1.1 to that socket.
-//! - [`Job`] is the drive on which the default guest finds the command to run and leaves its exit status.
+//! - [`Job`] is the drive on which the default guest finds the command to run and leaves its exit status; [`BOOT_ARGS`]
+//!   are for its kernel.
 
 mod client;
 mod job;
 mod vesicle;
 
 pub use client::{Client, ClientError, Response};
-pub use job::{Job, Script, quote};
+pub use job::{BOOT_ARGS, Job, Script, quote};
 pub use vesicle::{Signaller, Vesicle};

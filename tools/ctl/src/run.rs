@@ -14,17 +14,13 @@ use rustix::termios::{self, OptionalActions, Termios};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vesiclectl::{Client, ClientError, Job, Script, Signaller, Vesicle};
+use vesiclectl::{BOOT_ARGS, Client, ClientError, Job, Script, Signaller, Vesicle};
 
 use crate::jail::Jail;
 use crate::net::Network;
 
 /// The status of a run that did not come to a command's own status.
 pub const FAILED: u8 = 125;
-
-/// A quiet kernel that resets the machine when it panics. The default guest loads its drivers as modules.
-pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
-    i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
 
 /// What `vesiclectl run --help` prints.
 pub const HELP: &str = "\

@@ -20,11 +20,10 @@ use std::time::{Duration, Instant};
 
 use lexopt::{Arg, Parser, ValueExt};
 use serde_json::json;
-use vesiclectl::{Job, Script, Vesicle};
+use vesiclectl::{BOOT_ARGS, Job, Script, Vesicle};
 
 use crate::bench::{Api, Subject, dial};
 use crate::http::Http;
-use crate::run::BOOT_ARGS;
 use memory::{Cgroup, Memory};
 use plot::Series;
 
