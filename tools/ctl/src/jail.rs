@@ -44,19 +44,24 @@ pub struct Jail {
 }
 
 impl Jail {
+    /// None: the VMM has only its own confinement.
+    pub fn none(vesicle: &Path) -> Self {
+        Self {
+            jailer: None,
+            vesicle: vesicle.to_owned(),
+            base: PathBuf::new(),
+            owner: (geteuid().as_raw(), getegid().as_raw()),
+            files: Vec::new(),
+            why_not: String::new(),
+        }
+    }
+
     /// The strictest that `jailer` can make here, with its directory in `dir`; none if there is no jailer.
     ///
     /// # Errors
     /// The VMM is not there.
     pub fn strictest(jailer: Option<&Path>, vesicle: &Path, dir: &Path) -> Result<Self, Box<dyn Error>> {
-        let mut jail = Self {
-            jailer: None,
-            vesicle: vesicle.to_owned(),
-            base: dir.join("jail"),
-            owner: (geteuid().as_raw(), getegid().as_raw()),
-            files: Vec::new(),
-            why_not: String::new(),
-        };
+        let mut jail = Self { base: dir.join("jail"), ..Self::none(vesicle) };
         let Some(jailer) = jailer else { return Ok(jail) };
         let own = jail.owner;
         let modes: &[Mode] = if own.0 == 0 { &[Mode::Jailed, Mode::Rootless] } else { &[Mode::Rootless] };

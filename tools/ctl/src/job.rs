@@ -19,6 +19,8 @@ pub const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 \
     cryptomgr.notests initcall_blacklist=jent_mod_init,ftrace_check_for_weak_functions,trace_eval_init noreplace-smp";
 
 const MAGIC: &[u8; 8] = b"VSCLJOB1";
+/// Of a drive without a job, for which the guest waits.
+const NO_JOB: &[u8; 8] = b"VSCLWAIT";
 const STATUS: u64 = 512;
 const SECTOR: u64 = 512;
 const SCRIPT: u64 = 4096;
@@ -84,6 +86,19 @@ pub struct Job {
 }
 
 impl Job {
+    /// What the guest writes to its serial port when it begins to wait for a job: an ASCII record separator.
+    pub const WAITS: u8 = 0x1e;
+
+    /// Makes a drive's image without a job at `path`, a new file: its guest says that it [waits](Self::WAITS).
+    ///
+    /// # Errors
+    /// If the file exists or cannot be written.
+    pub fn none(path: &Path) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        file.write_all_at(NO_JOB, 0)?;
+        file.set_len(INPUT)
+    }
+
     /// Makes the drive's image at `path`, a new file.
     ///
     /// # Errors

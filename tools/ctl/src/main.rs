@@ -8,6 +8,7 @@ mod jail;
 mod net;
 mod run;
 mod snapshot;
+mod warm;
 
 use std::error::Error;
 use std::process::ExitCode;

@@ -14,10 +14,11 @@ use rustix::termios::{self, OptionalActions, Termios};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vesiclectl::{BOOT_ARGS, Client, ClientError, Job, Script, Signaller, Vesicle};
+use vesiclectl::{BOOT_ARGS, ClientError, Job, Script, Signaller, Vesicle};
 
 use crate::jail::Jail;
 use crate::net::Network;
+use crate::warm::{Guest, Put, Warm};
 
 /// The status of a run that did not come to a command's own status.
 pub const FAILED: u8 = 125;
@@ -38,6 +39,8 @@ Usage: vesiclectl run --vesicle FILE --kernel FILE [OPTION]... [-- COMMAND...]
   --memory MIB        memory [default: 256]
   --boot-args ARGS    kernel arguments that follow the usual ones, such as loglevel=7 to see the kernel's messages
   --stdin             give the command this standard input
+  --snapshots DIR     keep a snapshot of the guest as it waits for a command, and start from that; not with a root file
+                      system, a network or arguments of your own, and only the default guest can wait
   --net               let the guest out: a TAP, NAT and forwarding, by ip and nft, as root; eth0 is set up in the guest
 
 No shell looks at COMMAND. Without one there is a shell, which takes a terminal. What the guest writes to its serial
@@ -60,6 +63,7 @@ pub struct Run {
     memory: u64,
     boot_args: Option<String>,
     stdin: bool,
+    snapshots: Option<PathBuf>,
     net: bool,
     command: Vec<OsString>,
 }
@@ -89,6 +93,7 @@ impl Run {
             memory: 256,
             boot_args: None,
             stdin: false,
+            snapshots: None,
             net: false,
             command: Vec::new(),
         };
@@ -104,6 +109,7 @@ impl Run {
                 Arg::Long("memory") => run.memory = parser.value()?.parse()?,
                 Arg::Long("boot-args") => run.boot_args = Some(parser.value()?.string()?),
                 Arg::Long("stdin") => run.stdin = true,
+                Arg::Long("snapshots") => run.snapshots = Some(parser.value()?.into()),
                 Arg::Long("net") => run.net = true,
                 Arg::Long("help") | Arg::Short('h') => return Ok(None),
                 Arg::Value(first) => run.command = std::iter::once(first).chain(parser.raw_args()?).collect(),
@@ -126,10 +132,14 @@ impl Run {
         let job = self.job(console, &dir.path().join("job"))?;
         let log = dir.path().join("log");
 
+        let warm = self.warm(console)?;
         let mut network = if self.net { Some(Network::claim()?) } else { None };
         let _terminal = Terminal::save();
         let mut jail = Jail::strictest(self.jailer.as_deref(), &self.vesicle, dir.path())?;
-        let machine = self.machine(&mut jail, &job, console, network.as_ref())?;
+        let requests = match &warm {
+            Some(warm) => from_snapshot(&mut jail, warm, job.path())?,
+            None => self.boot(&mut jail, job.path(), console, network.as_ref())?,
+        };
         if self.jailer.is_some() {
             eprintln!("vesiclectl: the VMM is confined {jail}");
         }
@@ -140,7 +150,7 @@ impl Run {
         if network.as_mut().map(Network::up).transpose()? == Some(true) {
             eprintln!("vesiclectl: this machine did not forward packets; net.ipv4.ip_forward is 1 from now on");
         }
-        let started = start(vesicle.api(), &machine);
+        let started = requests.iter().try_for_each(|(path, body)| vesicle.api().must_put(path, body));
         if started.is_err() {
             vesicle.signaller().terminate();
         }
@@ -153,7 +163,13 @@ impl Run {
         let failed = match (started, ended.success(), job.status()?) {
             (Ok(()), true, Some(status)) => return Ok(status),
             // Refused requests are explained by their replies; where there was none, the log may tell.
-            (Err(refused @ ClientError::Refused { .. }), ..) => return Err(refused.into()),
+            (Err(refused @ ClientError::Refused { .. }), ..) => match warm {
+                Some(warm) => {
+                    warm.discard()?;
+                    return Err(format!("{refused}; that snapshot is removed, and the next run makes another").into());
+                }
+                None => return Err(refused.into()),
+            },
             (Err(error), ..) => Err(format!("the VMM does not answer ({ended}): {error}").into()),
             (Ok(()), true, None) => Err("the guest ended before the command did; \
                 --boot-args loglevel=7 shows the kernel's messages"
@@ -206,14 +222,22 @@ impl Run {
         Ok(command)
     }
 
-    /// The requests that configure the microVM. What it uses is brought into the jail.
-    fn machine(
-        &self,
-        jail: &mut Jail,
-        job: &Job,
-        console: Console,
-        network: Option<&Network>,
-    ) -> io::Result<Vec<(&'static str, Value)>> {
+    /// The snapshot to start from, if there may be one.
+    fn warm(&self, console: Console) -> Result<Option<Warm>, Box<dyn Error>> {
+        let (Some(cache), Some(initramfs)) = (&self.snapshots, &self.initramfs) else { return Ok(None) };
+        if self.rootfs.is_some() || self.boot_args.is_some() || self.net {
+            return Ok(None);
+        }
+        let requests = |job: &Path| {
+            let mut unjailed = Jail::none(&self.vesicle);
+            self.boot(&mut unjailed, job, console, None)
+        };
+        let guest = Guest { vesicle: &self.vesicle, images: &[&self.kernel, initramfs], requests: &requests };
+        Warm::of(&guest, cache)
+    }
+
+    /// The requests that configure and start the microVM. What it uses is brought into the jail.
+    fn boot(&self, jail: &mut Jail, job: &Path, console: Console, network: Option<&Network>) -> io::Result<Vec<Put>> {
         let mut requests = Vec::new();
         let mut boot_args = BOOT_ARGS.to_owned();
         if console == Console::Terminal {
@@ -237,17 +261,22 @@ impl Run {
         if let Some(rootfs) = &self.rootfs {
             requests.push(("/drives/root", drive("root", &jail.bring(rootfs, self.writable)?, !self.writable)));
         }
-        requests.push(("/drives/job", drive("job", &jail.give(job.path())?, false)));
+        requests.push(("/drives/job", drive("job", &jail.give(job)?, false)));
+        requests.push(("/actions", json!({ "action_type": "InstanceStart" })));
         Ok(requests)
     }
 }
 
-/// Configures the microVM and starts it.
-fn start(api: &Client, machine: &[(&str, Value)]) -> Result<(), ClientError> {
-    for (path, body) in machine {
-        api.must_put(path, body)?;
-    }
-    api.must_put("/actions", &json!({ "action_type": "InstanceStart" }))
+/// The request that makes the microVM one of those in the snapshot, with a job of its own.
+fn from_snapshot(jail: &mut Jail, warm: &Warm, job: &Path) -> io::Result<Vec<Put>> {
+    let load = json!({
+        "snapshot_path": jail.bring(&warm.state(), false)?,
+        "mem_backend": { "backend_type": "File", "backend_path": jail.bring(&warm.memory(), false)? },
+        "drive_overrides": [{ "drive_id": "job", "path_on_host": jail.give(job)? }],
+        "clock_realtime": true,
+        "resume_vm": true,
+    });
+    Ok(vec![("/snapshot/load", load)])
 }
 
 fn drive(id: &str, path: &Path, read_only: bool) -> Value {
@@ -289,7 +318,7 @@ impl Drop for Terminal {
 }
 
 /// The last lines of the VMM's log, on standard error.
-fn show_tail(log: &Path) {
+pub fn show_tail(log: &Path) {
     let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<_> = text.lines().collect();
