@@ -146,7 +146,7 @@ impl State {
 /// What a reset goes back to.
 #[derive(Debug)]
 pub struct Origin {
-    state: State,
+    state: Box<State>,
     realtime: bool,
 }
 
@@ -304,7 +304,7 @@ impl Vmm {
 /// A snapshot's two files.
 struct Opened {
     id: Id,
-    state: State,
+    state: Box<State>,
     memory: Memory,
     files: [Identity; 2],
 }
@@ -365,7 +365,7 @@ fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {
 /// A machine of a snapshot, complete but for its devices, with its clocks not yet running.
 pub struct Prepared {
     id: Id,
-    state: State,
+    state: Box<State>,
     files: [Identity; 2],
     layout: Layout,
     machine: Machine,
@@ -420,11 +420,11 @@ impl Origin {
 ///
 /// # Errors
 /// It cannot be read, or is no state of this release.
-pub fn read_state(path: &Path) -> Result<(Id, State), SnapshotError> {
+pub fn read_state(path: &Path) -> Result<(Id, Box<State>), SnapshotError> {
     open_state(path).map(|(_, id, state)| (id, state))
 }
 
-fn open_state(path: &Path) -> Result<(File, Id, State), SnapshotError> {
+fn open_state(path: &Path) -> Result<(File, Id, Box<State>), SnapshotError> {
     let fail = |source| SnapshotError::Format { path: path.to_owned(), source };
     let (file, content) = format::read(path).map_err(fail)?;
     let (header, state) = format::decode(&content).map_err(fail)?;

@@ -37,7 +37,7 @@ pub struct VcpuState {
     xsave: Box<kvm_xsave>,
     xcrs: kvm_xcrs,
     debug_regs: kvm_debugregs,
-    lapic: kvm_lapic_state,
+    lapic: Box<kvm_lapic_state>,
     events: kvm_vcpu_events,
     tsc_khz: u32,
 }
@@ -103,7 +103,7 @@ impl VcpuState {
             xsave: Box::new(vcpu.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?),
             xcrs: vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?,
             debug_regs: vcpu.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
-            lapic: vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?,
+            lapic: Box::new(vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?),
             tsc_khz: vcpu.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?,
             cpuid: vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_CPUID2"))?.as_slice().to_vec(),
             msrs: read_msrs(vcpu, msrs)?,
