@@ -88,7 +88,11 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
     log::init(&options.id);
     let sandbox =
         confine(&options, proc.as_ref().map(AsFd::as_fd)).unwrap_or_else(|error| fail(FAILURE, chain(&error)));
-    let prepared = prepare(&options, Host { kvm, proc, sandbox: sandbox.clone() });
+    let api_socket = match &options.api_sock {
+        Some(ApiSocket::Path(path)) => Some(path.clone()),
+        _ => None,
+    };
+    let prepared = prepare(&options, Host { kvm, proc, api_socket, sandbox: sandbox.clone() });
     let (mut vmm, sender, events) = prepared.unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
     vmm.declare(passed);
     configure(&mut vmm, &options);

@@ -294,6 +294,22 @@ fn a_stale_socket_is_replaced_a_live_one_refused_and_ours_removed_at_the_end() {
     assert!(!path.exists());
 }
 
+/// What a process may still do once its guest runs does not include much; this it has to.
+#[test]
+fn the_socket_is_removed_by_a_process_whose_guest_has_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let mut process = Process::start_in(dir, &[]);
+    until("an answer", || UnixStream::connect(&path).ok());
+    let api = vesiclectl::Client::new(&path);
+    let boot_args = format!("{BOOT_ARGS} vesicle.init=reboot");
+    let source = json!({ "kernel_image_path": artefact("kernel-tuned"), "initrd_path": artefact("initramfs-tuned"), "boot_args": boot_args });
+    api.must_put("/boot-source", &source).unwrap();
+    api.must_put("/actions", &json!({ "action_type": "InstanceStart" })).unwrap();
+    assert_eq!(process.end().code(), Some(0));
+    assert!(!path.exists());
+}
+
 #[test]
 fn bad_arguments_have_a_status_of_their_own() {
     for arguments in [&["--api-sock", "fd:0"][..], &["--api-sock", "fd:77"], &["--no-such-flag"], &["--id", "a_b"]] {

@@ -131,7 +131,9 @@ impl Serial {
         self.mcr = state.mcr & MCR_MASK;
         self.scratch = state.scratch;
         self.divisor = state.divisor;
-        // An interrupt may have been on its way into the interrupt controller; one too many is harmless.
+        // An interrupt may have been on its way into the interrupt controller, and a driver that waited for room has it
+        // now; one too many is harmless.
+        self.raise_transmitter();
         if self.transmitter_pending || !self.input.is_empty() {
             self.raise();
         }
@@ -354,6 +356,22 @@ mod tests {
             taken += count;
         }
         assert_eq!(taken, written);
+    }
+
+    #[test]
+    fn a_driver_that_waited_for_a_slow_reader_goes_on_in_a_clone() {
+        let mut saved = serial();
+        saved.write(IER, IER_TRANSMITTER);
+        while saved.read(LSR) & LSR_TRANSMITTER_EMPTY != 0 {
+            saved.write(DATA, b'x');
+        }
+        assert_eq!(saved.read(IIR) & 0xf, IIR_TRANSMITTER);
+        assert_eq!(saved.read(IIR) & 0xf, IIR_NONE);
+        let mut clone = serial();
+        clone.restore(&saved.save());
+        assert!(fired(clone.interrupt()));
+        assert_eq!(clone.read(IIR) & 0xf, IIR_TRANSMITTER);
+        assert_ne!(clone.read(LSR) & LSR_TRANSMITTER_EMPTY, 0);
     }
 
     #[test]

@@ -105,7 +105,7 @@ impl Vm {
         Ok(Self { fd })
     }
 
-    /// A ring that holds the VM's file and does nothing else. The kernel takes a VM apart when the last
+    /// A ring that holds the VM's file and can do nothing else: it is never enabled. The kernel takes a VM apart when the last
     /// reference to its file goes, and waits out several grace periods for it (25 ms measured), which
     /// otherwise whoever waits for this process waits out as well; a ring's references are given up on
     /// a kernel thread.
@@ -113,9 +113,7 @@ impl Vm {
     /// # Errors
     /// The host allows no rings.
     pub fn undertaker(&self) -> io::Result<IoUring> {
-        let ring = IoUring::new(1)?;
-        ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
-        Ok(ring)
+        undertaker(self.fd.as_raw_fd())
     }
 
     /// Makes the descriptor of vCPU `id`.
@@ -177,5 +175,26 @@ impl Vm {
     /// A write to `event` pulses I/O APIC pin `gsi`.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.fd.register_irqfd(event, gsi).map_err(ioctl("KVM_IRQFD"))
+    }
+}
+
+fn undertaker(file: RawFd) -> io::Result<IoUring> {
+    let ring = IoUring::builder().setup_r_disabled().build(1)?;
+    ring.submitter().register_files(&[file])?;
+    Ok(ring)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The filters let a thread enter any ring there is, and do not see what it asks for.
+    #[test]
+    fn the_ring_that_holds_the_vm_takes_no_requests() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let Ok(mut ring) = undertaker(file.as_raw_fd()) else { return eprintln!("SKIPPED: the host allows no rings") };
+        // SAFETY: the operation has no arguments.
+        unsafe { ring.submission().push(&io_uring::opcode::Nop::new().build()) }.unwrap();
+        assert_eq!(ring.submit().unwrap_err().raw_os_error(), Some(libc::EBADFD));
     }
 }

@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Error;
 use crate::boot::kernel;
@@ -23,6 +23,8 @@ pub struct Host {
     pub kvm: Option<OwnedFd>,
     /// `/proc/self`, if the launcher passed it in.
     pub proc: Option<OwnedFd>,
+    /// The API's socket, if it is to be removed at the end.
+    pub api_socket: Option<PathBuf>,
     /// What its threads give up.
     pub sandbox: Sandbox,
 }

@@ -303,7 +303,11 @@ impl Vmm {
         self.watch_machine(&machine).map_err(refuse)?;
         self.files.clear();
         self.machine.insert(machine).console.open_input(&self.events);
-        self.due.confinement = Some(files::grants(&self.config, snapshot));
+        let mut grants = files::grants(&self.config, snapshot);
+        if let Some(socket) = &self.host.api_socket {
+            grants.removal(socket);
+        }
+        self.due.confinement = Some(grants);
         Ok(())
     }
 

@@ -84,6 +84,11 @@ impl Grants {
         self.0.push((directory(socket), AccessFs::RemoveFile | AccessFs::ResolveUnix));
     }
 
+    /// Files in the directory of `file` may be removed.
+    pub fn removal(&mut self, file: &Path) {
+        self.0.push((directory(file), AccessFs::RemoveFile.into()));
+    }
+
     /// What may be done in the directory of `file` is what may be done with the file.
     pub fn siblings(&mut self, file: &Path, write: bool) {
         let directory = directory(file);
