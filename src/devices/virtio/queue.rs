@@ -65,7 +65,7 @@ impl Ram {
         })
     }
 
-    /// Notes that `length` bytes at `address` are written, or will be before the chain is used.
+    /// Notes that `length` bytes at `address` are written.
     fn mark(&self, address: u64, length: u64) {
         if self.tracked
             && let Some(region) = self.memory.find_region(GuestAddress(address))
@@ -88,6 +88,13 @@ struct Descriptor {
     next: u16,
 }
 
+/// A writable buffer of a chain that was taken and not used yet.
+struct Held {
+    head: u16,
+    address: u64,
+    length: u64,
+}
+
 /// A queue that was set up, with the memory it lies in and the interrupt that announces it.
 pub struct Virtqueue {
     index: usize,
@@ -104,6 +111,8 @@ pub struct Virtqueue {
     /// The next entry of the used ring to write, and the first the driver was not told of.
     next_used: Wrapping<u16>,
     unannounced: Wrapping<u16>,
+    /// What is to be noted as written when its chain is used, be that after a snapshot; empty unless that is tracked.
+    held: Vec<Held>,
     ram: Ram,
     interrupt: Arc<Interrupt>,
 }
@@ -151,6 +160,7 @@ impl Virtqueue {
             end_available: Wrapping(state.next_avail),
             next_used: Wrapping(state.next_used),
             unannounced: Wrapping(state.next_used),
+            held: Vec::new(),
             ram,
             interrupt,
         })
@@ -199,6 +209,9 @@ impl Virtqueue {
     /// Puts the chain at `head` in the used ring, where the driver sees it once
     /// [`Self::publish_used`] says so.
     pub fn put_used(&mut self, head: u16, written: u32) {
+        for buffer in self.held.extract_if(.., |buffer| buffer.head == head) {
+            self.ram.mark(buffer.address, buffer.length);
+        }
         let slot = self.next_used.0 & (self.size - 1);
         let element = self.used.wrapping_add(2 + 4 * usize::from(slot)).cast::<AtomicU32>();
         // SAFETY: `slot` is less than the size of the ring, all of which lies in guest RAM and is
@@ -270,9 +283,16 @@ impl Virtqueue {
         if !self.event_idx {
             return Ok(false);
         }
-        self.used(2 + 4 * usize::from(self.size)).store(self.next_available.0.to_le(), Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.set_available_event(self.next_available);
         self.read_index()
+    }
+
+    /// The driver notifies when it offers the chain at this index.
+    fn set_available_event(&self, index: Wrapping<u16>) {
+        let field = 2 + 4 * usize::from(self.size);
+        self.ram.mark(self.used_ring + 2 * field as u64, 2);
+        self.used(field).store(index.0.to_le(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
     }
 
     /// The driver's index into the available ring. It will notify when it moves it on, whatever of the
@@ -280,8 +300,7 @@ impl Virtqueue {
     pub fn await_more(&mut self) -> Result<u16, Violation> {
         self.read_index()?;
         if self.event_idx {
-            self.used(2 + 4 * usize::from(self.size)).store(self.end_available.0.to_le(), Ordering::Relaxed);
-            fence(Ordering::SeqCst);
+            self.set_available_event(self.end_available);
             self.read_index()?;
         }
         Ok(self.end_available.0)
@@ -299,8 +318,10 @@ impl Virtqueue {
     }
 
     /// Collects the buffers of the chain at `head` (§2.7.5).
-    fn gather(&self, head: u16, buffers: &mut Buffers) -> Result<(), Violation> {
+    fn gather(&mut self, head: u16, buffers: &mut Buffers) -> Result<(), Violation> {
         let malformed = Violation::Chain(head);
+        // It may have been put back.
+        self.held.retain(|buffer| buffer.head != head);
         buffers.clear();
         let (mut table, mut table_size, mut indirect) = (self.descriptors, u32::from(self.size), false);
         let mut index = head;
@@ -338,7 +359,7 @@ impl Virtqueue {
     }
 
     fn add_buffer(
-        &self,
+        &mut self,
         head: u16,
         descriptor: &Descriptor,
         writable: bool,
@@ -355,8 +376,10 @@ impl Virtqueue {
                 return Err(Violation::Buffer { head, address: descriptor.address, length });
             };
             let step = left.min(rest);
-            if writable {
+            if writable && self.ram.tracked {
+                // Noted now, should the chain never be used, and again when it is.
                 self.ram.mark(address, step);
+                self.held.push(Held { head, address, length: step });
             }
             vecs.push(host, step as usize);
             left -= step;
@@ -406,12 +429,12 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::config::HugePages;
     use crate::devices::virtio::Windows;
     use crate::devices::virtio::testing::{AVAILABLE, DESCRIPTORS, USED, guest_memory};
+    use crate::memory::GuestRam;
 
-    #[test]
-    fn what_is_offered_just_before_the_driver_could_know_is_found() {
-        let memory = guest_memory();
+    fn queue(memory: &GuestMemory) -> Virtqueue {
         let state = QueueState {
             max_size: 16,
             size: 16,
@@ -423,7 +446,50 @@ mod tests {
             ..QueueState::default()
         };
         let interrupt = Interrupt::new(Box::new(|| {}), Windows::new(1).get(0).unwrap());
-        let mut queue = Virtqueue::new(0, &state, memory.clone(), Arc::new(interrupt)).unwrap();
+        Virtqueue::new(0, &state, memory.clone(), Arc::new(interrupt)).unwrap()
+    }
+
+    /// A frame arrives in a chain that was taken long before, a disk answers after a snapshot has begun.
+    #[test]
+    fn what_is_written_to_a_chain_after_a_snapshot_is_in_the_next_one() {
+        let ram = GuestRam::tracked(1 << 20, HugePages::None).unwrap();
+        let (memory, mut queue) = (ram.memory(), queue(ram.memory()));
+        let page = |number: u64| {
+            let words = &ram.take_written().unwrap()[0];
+            words[number as usize / 64] >> (number % 64) & 1 == 1
+        };
+        for (field, value) in [(0, 0x8000u64), (8, 0x2_0000_2000)] {
+            memory.write_obj(value, GuestAddress(DESCRIPTORS + field)).unwrap();
+        }
+        memory.write_obj(1u16, GuestAddress(AVAILABLE + 2)).unwrap();
+        let mut buffers = Buffers::default();
+        assert_eq!(queue.pop(&mut buffers), Ok(Some(0)));
+        assert_eq!(buffers.writable.len(), 0x2000);
+        assert!(page(9));
+        assert!(!page(9), "a snapshot has it");
+        queue.add_used(0, 0x2000);
+        assert!(page(9), "the next one needs it again");
+        queue.add_used(0, 0);
+        assert!(!page(9), "a driver that lies costs nothing");
+    }
+
+    #[test]
+    fn a_chain_that_is_put_back_again_and_again_takes_no_room() {
+        let ram = GuestRam::tracked(1 << 20, HugePages::None).unwrap();
+        let mut queue = queue(ram.memory());
+        ram.memory().write_obj(0x2_0000_2000u64, GuestAddress(DESCRIPTORS + 8)).unwrap();
+        ram.memory().write_obj(1u16, GuestAddress(AVAILABLE + 2)).unwrap();
+        for _ in 0..100 {
+            assert_eq!(queue.pop(&mut Buffers::default()), Ok(Some(0)));
+            queue.undo_pop();
+        }
+        assert_eq!(queue.held.len(), 1);
+    }
+
+    #[test]
+    fn what_is_offered_just_before_the_driver_could_know_is_found() {
+        let memory = guest_memory();
+        let mut queue = queue(&memory);
         for number in 1..1000u16 {
             assert_eq!(queue.pop(&mut Buffers::default()), Ok(None));
             assert!(!queue.read_index().unwrap());
