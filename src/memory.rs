@@ -238,6 +238,11 @@ impl GuestRam {
         self.size().min(MMIO_GAP_START)
     }
 
+    /// Whether there is a record of the pages that are written.
+    pub fn is_tracked(&self) -> bool {
+        self.memory.iter().any(|region| Deref::deref(region).bitmap().is_some())
+    }
+
     /// Notes that `range` of slot `index` is not what it was, if that is tracked.
     pub fn note_written(&self, index: usize, range: &Range<u64>) {
         if let Some(region) = self.memory.iter().nth(index) {

@@ -214,6 +214,32 @@ fn a_reset_takes_the_guest_back_in_the_same_process() {
     vm.shut_down();
 }
 
+/// What a snapshot had of pages that a reset took back would stay in the file that the next Diff is merged into.
+#[test]
+fn a_diff_after_a_reset_is_refused_where_nobody_noted_what_was_taken_back() {
+    let mut vm = tuned().argument("--allow-path=/").boot();
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let mut vm = vm.successor_with(&["--allow-path=/"]);
+    vm.put("/snapshot/load", &snapshot.load());
+    let reset = json!({ "keep_drive_writes": true, "resume_vm": false });
+    let (first, next) = (Snapshot::new(), Snapshot::new());
+    vm.pause();
+    vm.put("/snapshot/reset", &reset);
+    vm.put("/snapshot/create", &first.create("Diff"));
+    vm.put("/snapshot/create", &next.create("Diff"));
+    vm.resume();
+    vm.ok("echo before >/run/note");
+    vm.pause();
+    vm.put("/snapshot/reset", &reset);
+    let refusal = vm.refused_put("/snapshot/create", &next.create("Diff"));
+    assert!(refusal.contains("track_dirty_pages"), "{refusal}");
+    vm.put("/snapshot/create", &first.create("Full"));
+    vm.put("/snapshot/create", &next.create("Diff"));
+    vm.resume();
+    vm.shut_down();
+}
+
 #[test]
 fn a_prepared_process_only_waits_for_the_load() {
     let mut vm = tuned().vcpus(2).boot();

@@ -5,9 +5,10 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use common::snapshot::{Snapshot, copied, told};
+use common::snapshot::{Snapshot, copied, told, vesicle};
 use common::tap::host;
 use common::{Guest, MicroVm, Mode};
 use serde_json::json;
@@ -175,6 +176,38 @@ fn a_full_disk_leaves_the_snapshot_before_and_the_guest_goes_on() {
     let mut vm = vm.successor();
     vm.put("/snapshot/load", &snapshot.load());
     assert_eq!(vm.ok("cat /run/note"), "second");
+    vm.shut_down();
+    host(&format!("umount {}", small.path().display()));
+}
+
+#[test]
+fn a_diff_that_is_half_merged_is_no_snapshot_until_it_is_merged_whole() {
+    let mut vm = Guest::tuned().mode(Mode::Plain).argument("--allow-path=/").boot();
+    let small = tempfile::tempdir().unwrap();
+    let mount = |options: &str| host(&format!("mount -t tmpfs -o {options} none {}", small.path().display()));
+    mount("size=200m");
+    let path = |name: &str| small.path().join(name);
+    let first = Snapshot { state: path("first"), memory: path("memory"), ..Snapshot::new() };
+    let second = Snapshot { state: path("second"), memory: path("memory"), ..Snapshot::new() };
+    vm.pause();
+    vm.put("/snapshot/create", &first.create("Full"));
+    vm.resume();
+    vm.ok("echo second >/run/note; head -c 16000000 /dev/urandom >/run/much");
+    let used: u64 = host(&format!("du -sk {} | cut -f1", small.path().display())).trim().parse().unwrap();
+    mount(&format!("remount,size={}k", used + 4096));
+    vm.pause();
+    let refusal = vm.refused_put("/snapshot/create", &second.create("Diff"));
+    assert!(refusal.contains("No space left"), "{refusal}");
+
+    let mut verify = Command::new(vesicle().with_file_name("vesiclectl"));
+    let verified = verify.args(["snapshot", "verify"]).args([&first.state, &first.memory]).output().unwrap();
+    assert!(String::from_utf8_lossy(&verified.stderr).contains("belongs to another snapshot"), "{verified:?}");
+    mount("remount,size=200m");
+    vm.put("/snapshot/create", &second.create("Diff"));
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &second.load());
+    assert_eq!(vm.ok("cat /run/note; wc -c </run/much"), "second\n16000000");
     vm.shut_down();
     host(&format!("umount {}", small.path().display()));
 }

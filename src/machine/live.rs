@@ -42,6 +42,7 @@ impl Live {
         let has_base = std::mem::take(&mut machine.has_base);
         let written = machine.take_written()?.ok_or(SnapshotError::NotTracked)?;
         let pages = pages_of(request.kind, Some(written).filter(|_| has_base));
+        file.begin(machine.ram.size())?;
         let copy = Copy::new(&machine.ram, pages, file.file()).map_err(|source| file.error(source))?;
         Ok(Self { id: new_id()?, request, file, copy, parked: None })
     }

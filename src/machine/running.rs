@@ -39,6 +39,10 @@ pub struct Machine {
     pub(super) handler_gone: Option<Arc<EventFd>>,
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
+    /// A snapshot was made since the load.
+    pub(super) saved: bool,
+    /// The last of them had pages that a reset took back, and nobody noted which.
+    pub(super) rewound: bool,
     windows: Windows,
     /// Whether [`Self::provide`] has opened these three, as far as the host let it.
     provided: bool,
@@ -66,7 +70,7 @@ impl Machine {
             })
             .collect::<Result<_, _>>()?;
         let handles = Vec::new();
-        let (populating, handler_gone, has_base) = (None, None, false);
+        let (populating, handler_gone) = (None, None);
         Ok(Self {
             handles,
             vcpus,
@@ -78,7 +82,9 @@ impl Machine {
             ram,
             populating,
             handler_gone,
-            has_base,
+            has_base: false,
+            saved: false,
+            rewound: false,
             windows,
             provided: false,
             pagemap: None,

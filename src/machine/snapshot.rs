@@ -31,7 +31,7 @@ use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
+use crate::config::{MemoryBackend, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -160,9 +160,13 @@ impl Vmm {
         let (Some(machine), events) = (&mut self.machine, &self.events) else { return Ok(()) };
         machine.console.write_output(&machine.bus.serial, events);
         check_targets(request, machine, &self.config)?;
+        if request.kind == SnapshotKind::Diff && machine.rewound {
+            return Err(SnapshotError::Rewound.into());
+        }
         let id = new_id()?;
         let files = Files::draft(machine, &self.config, request, id)?;
         let memory = MemoryFile::open(request, machine)?;
+        memory.begin(machine.ram.size())?;
         // Should it fail, the record of written pages that it takes begins nowhere any more.
         let has_base = std::mem::take(&mut machine.has_base);
         // Taken in any case: the next Diff begins here.
@@ -172,6 +176,8 @@ impl Vmm {
         written.map_err(|source| memory.error(source))?;
         files.publish(memory)?;
         machine.has_base = true;
+        machine.saved = true;
+        machine.rewound &= request.kind == SnapshotKind::Diff;
         Ok(())
     }
 
@@ -272,6 +278,7 @@ impl Vmm {
             self.doom = Some(Ending::doomed("the reset failed", &refusal));
             return Err(refusal);
         }
+        machine.rewound |= machine.saved && !machine.ram.is_tracked();
         self.due.run = request.resume_vm.then_some(Event::Resumed);
         Ok(())
     }

@@ -22,6 +22,8 @@ use crate::memory::{GuestRam, PAGE_SIZE, Slot};
 
 /// Follows RAM in the file: this, then the snapshot's id.
 const TRAILER_MAGIC: [u8; 8] = *b"VSCLMEM\x01";
+/// The id in the trailer of a file that is being merged.
+pub const NO_SNAPSHOT: Id = [0; 16];
 /// Bytes of the trailer.
 pub const TRAILER: u64 = 24;
 

@@ -108,6 +108,12 @@ pub enum SnapshotError {
          read-only, give it an overlay, or set keep_drive_writes"
     )]
     WritableDrive(String),
+    /// What the last snapshot had of them would stay in a file that it is merged into.
+    #[error(
+        "a reset has taken pages back since the last snapshot, and without track_dirty_pages nobody noted which: make a \
+         Full, or say track_dirty_pages in the load"
+    )]
+    Rewound,
     /// Nobody knows what is written meanwhile.
     #[error("a live snapshot needs track_dirty_pages, in PUT /machine-config or in the load")]
     NotTracked,

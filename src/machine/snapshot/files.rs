@@ -101,6 +101,16 @@ impl MemoryFile {
         }
     }
 
+    /// Has nobody take it for any snapshot's from here on, should it be left half merged.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn begin(&self, size: u64) -> Result<(), SnapshotError> {
+        let Place::Base(file) = &self.place else { return Ok(()) };
+        memory::mark(file, size, memory::NO_SNAPSHOT).map_err(|source| self.error(source))?;
+        file.sync_data().map_err(|source| self.error(memory::Error::Io("write", source)))
+    }
+
     /// What went wrong with it.
     pub fn error(&self, source: memory::Error) -> SnapshotError {
         SnapshotError::Memory { path: self.path.clone(), source }

@@ -249,7 +249,7 @@ fn open_both(base: &Path, diff: &Path, change: bool) -> Result<(File, File, u64,
 fn merge_in_place(base: &Path, diff: &Path) -> Result<u64, Box<dyn Error>> {
     let (file, diff_file, size, id) = open_both(base, diff, true)?;
     // Until all is there it is the memory of no snapshot.
-    memory::mark(&file, size, [0; 16]).map_err(about(base))?;
+    memory::mark(&file, size, memory::NO_SNAPSHOT).map_err(about(base))?;
     file.sync_data().map_err(about(base))?;
     let changed = for_each_piece(&diff_file, size, |at, data| file.write_all_at(data, at)).map_err(about(base))?;
     file.sync_data().map_err(about(base))?;
