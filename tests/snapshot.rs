@@ -146,6 +146,30 @@ fn a_diff_merged_into_its_base_is_what_the_guest_is() {
 }
 
 #[test]
+fn a_memory_file_that_a_microvm_runs_from_is_changed_by_nobody() {
+    let vm = tuned().argument("--allow-path=/").boot();
+    let (snapshot, diff) = (Snapshot::of(&vm), Snapshot::new());
+    vm.put("/snapshot/create", &diff.create("Diff"));
+    let origin = vm.api().clone();
+    let merge = || {
+        let mut merge = Command::new(vesicle().with_file_name("vesiclectl"));
+        let output = merge.args(["snapshot", "merge"]).args([&snapshot.memory, &diff.memory]).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let mut clone = vm.successor();
+    clone.put("/snapshot/load", &snapshot.load());
+    let refusal = origin.put("/snapshot/create", &snapshot.create("Diff")).unwrap();
+    assert!(refusal.status == 400 && refusal.fault().contains("in use"), "{refusal:?}");
+    let (merged, said) = merge();
+    assert!(!merged && said.contains("in use"), "{said}");
+    clone.ok("true");
+    clone.kill();
+    assert_eq!(clone.wait_exit().code(), None);
+    assert_eq!(origin.put("/snapshot/create", &snapshot.create("Diff")).unwrap().status, 204);
+    assert!(merge().0);
+}
+
+#[test]
 fn the_tools_look_at_a_snapshot_and_merge_a_diff_into_it() {
     let mut vm = tuned().vcpus(2).boot();
     let base = Snapshot::of(&vm);

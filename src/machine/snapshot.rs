@@ -365,7 +365,8 @@ fn read_working_set(path: &Path, id: Id, size: u64) -> Result<Vec<Run>, Error> {
 
 fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {
     let file = open_image("mem_file_path", path)?;
-    memory::check(&file, size, Some(id)).map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
+    let usable = memory::check(&file, size, Some(id)).and_then(|()| memory::hold(&file, false));
+    usable.map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
     Ok(file)
 }
 

@@ -51,6 +51,28 @@ pub enum Error {
     /// It belongs to another state file.
     #[error("it belongs to another snapshot than the state file")]
     OtherSnapshot,
+    /// Others hold it.
+    #[error("it is in use: a microVM runs from it, or a Diff is being merged into it")]
+    InUse,
+}
+
+/// Holds `file` as long as it is open here: with others who run from it, or `alone`, to change it. Where the file system
+/// has no locks it is not held.
+///
+/// # Errors
+/// Others hold it, and either they or we would change it.
+pub fn hold(file: &File, alone: bool) -> Result<(), Error> {
+    // SAFETY: all-zero is a valid `flock`: from the beginning to the end.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = if alone { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
+    // SAFETY: the structure is what the command reads. Its locks belong to the open file, not to the process.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error().raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Err(Error::InUse),
+        _ => Ok(()),
+    }
 }
 
 /// Which pages of RAM go into the file.

@@ -85,8 +85,8 @@ impl MemoryFile {
         if request.kind == SnapshotKind::Diff && path.exists() {
             let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
             let file = file.map_err(|source| file_error("open", &path, source))?;
-            memory::check(&file, machine.ram.size(), None)
-                .map_err(|source| SnapshotError::Memory { path: path.clone(), source })?;
+            let usable = memory::check(&file, machine.ram.size(), None).and_then(|()| memory::hold(&file, true));
+            usable.map_err(|source| SnapshotError::Memory { path: path.clone(), source })?;
             return Ok(Self { path, place: Place::Base(file) });
         }
         let draft = Draft::create(&path).map_err(|source| file_error("create", &path, source))?;

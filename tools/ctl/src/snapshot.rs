@@ -248,6 +248,7 @@ fn open_both(base: &Path, diff: &Path, change: bool) -> Result<(File, File, u64,
 
 fn merge_in_place(base: &Path, diff: &Path) -> Result<u64, Box<dyn Error>> {
     let (file, diff_file, size, id) = open_both(base, diff, true)?;
+    memory::hold(&file, true).map_err(about(base))?;
     // Until all is there it is the memory of no snapshot.
     memory::mark(&file, size, memory::NO_SNAPSHOT).map_err(about(base))?;
     file.sync_data().map_err(about(base))?;
