@@ -315,6 +315,32 @@ fn what_was_planted_in_the_jail_is_refused_or_harmless() {
     jail.refused(&[], "vesicle.pid");
 }
 
+#[test]
+fn no_vmm_is_executed_whose_process_id_could_not_be_written_down() {
+    for flag in ["--new-pid-ns", "--daemonize"] {
+        let jail = Jail::new();
+        let mut command = jail.command();
+        command.args([flag, "--", "--version"]);
+        // It waits for all processes that come of the jailer, and ends as that does.
+        let traced = || {
+            let mut strace = Command::new("strace");
+            strace.args(["-f", "-e", "trace=execveat"]).arg(command.get_program()).args(command.get_args());
+            let output = strace.output().unwrap();
+            (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        };
+        let (status, said) = traced();
+        assert!(status == Some(0) && said.contains("execveat("), "{flag}: {status:?} {said}");
+        fs::remove_file(jail.root().join("vesicle.pid")).unwrap();
+        fs::create_dir(jail.root().join("vesicle.pid")).unwrap();
+        let (status, said) = traced();
+        assert!(
+            status == Some(1) && said.contains("cannot replace vesicle.pid in the jail"),
+            "{flag}: {status:?} {said}"
+        );
+        assert!(!said.contains("execveat("), "{flag}: {said}");
+    }
+}
+
 /// The fields of /proc/PID/status.
 fn status(pid: u32) -> BTreeMap<String, String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
