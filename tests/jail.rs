@@ -315,6 +315,32 @@ fn what_was_planted_in_the_jail_is_refused_or_harmless() {
     jail.refused(&[], "vesicle.pid");
 }
 
+#[test]
+fn no_vmm_is_executed_whose_process_id_could_not_be_written_down() {
+    for flag in ["--new-pid-ns", "--daemonize"] {
+        let jail = Jail::new();
+        let mut command = jail.command();
+        command.args([flag, "--", "--version"]);
+        // It waits for all processes that come of the jailer, and ends as that does.
+        let traced = || {
+            let mut strace = Command::new("strace");
+            strace.args(["-f", "-e", "trace=execveat"]).arg(command.get_program()).args(command.get_args());
+            let output = strace.output().unwrap();
+            (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        };
+        let (status, said) = traced();
+        assert!(status == Some(0) && said.contains("execveat("), "{flag}: {status:?} {said}");
+        fs::remove_file(jail.root().join("vesicle.pid")).unwrap();
+        fs::create_dir(jail.root().join("vesicle.pid")).unwrap();
+        let (status, said) = traced();
+        assert!(
+            status == Some(1) && said.contains("cannot replace vesicle.pid in the jail"),
+            "{flag}: {status:?} {said}"
+        );
+        assert!(!said.contains("execveat("), "{flag}: {said}");
+    }
+}
+
 /// The fields of /proc/PID/status.
 fn status(pid: u32) -> BTreeMap<String, String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -415,15 +441,25 @@ fn a_daemon_outlives_its_launcher_and_says_who_it_is() {
     ] {
         let jail = Jail::new();
         let mut command = jail.command();
-        // A launcher that leads a session, and ends: all in it are sent SIGHUP.
-        let ended = Command::new("setsid")
-            .arg("--wait")
-            .arg(command.get_program())
-            .args(command.args(arguments).args(["--", "--api-sock", "/run/api"]).get_args())
-            .status()
+        command.args(arguments).args(["--", "--api-sock", "/run/api"]);
+        let words = std::iter::once(command.get_program()).chain(command.get_args()).map(vesiclectl::quote);
+        let words = String::from_utf8(words.collect::<Vec<_>>().join(&b' ')).unwrap();
+        // A launcher that leads a session with a terminal, says who it is, and ends: SIGHUP is sent.
+        let launched = Command::new("script")
+            .env("SHELL", "/bin/sh")
+            .args(["-qec", &format!("echo $$; exec {words}"), "/dev/null"])
+            .stdin(Stdio::null())
+            .output()
             .unwrap();
-        assert!(ended.success(), "{arguments:?}: {ended:?}");
+        assert!(launched.status.success(), "{arguments:?}: {launched:?}");
+        let said = String::from_utf8(launched.stdout).unwrap();
+        let launcher: i32 = said.lines().next().unwrap().trim().parse().unwrap();
         let pid: u32 = fs::read_to_string(jail.root().join("vesicle.pid")).unwrap().parse().unwrap();
+        let process = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+        let session = rustix::process::getsid(Some(process)).unwrap();
+        assert_ne!(session.as_raw_pid(), launcher, "{arguments:?}");
+        // Who leads no session never gets a terminal again.
+        assert_eq!(session == process, !arguments.contains(&"--daemonize"), "{arguments:?}");
         let socket = jail.root().join("run/api");
         common::wait_until(|| socket.exists());
         let api = vesiclectl::Client::new(socket.clone());
@@ -436,7 +472,6 @@ fn a_daemon_outlives_its_launcher_and_says_who_it_is() {
                 assert_eq!(fs::read_link(format!("/proc/{pid}/fd/{stream}")).unwrap(), Path::new("/dev/null"));
             }
         }
-        let process = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
         rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
         common::wait_until(|| !socket.exists());
     }

@@ -83,7 +83,8 @@ once() {
   flock "$lock"
   if [[ ! -d $dir ]]; then
     (
-      made=$(mktemp -d "$dir.XXXXXX")
+      # Hidden from patterns such as those of `unpacked`.
+      made=$(mktemp -d "${dir%/*}/.${dir##*/}.XXXXXX")
       trap 'rm -rf "$made"' EXIT
       chmod 755 "$made"
       "$@" "$made" >&2

@@ -13,6 +13,7 @@ use rustix::fs::{
     minor, mkdirat, mknodat, openat, openat2, stat, unlinkat,
 };
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 use crate::args::Arguments;
 use crate::error::{Error, Failed};
@@ -128,7 +129,7 @@ impl Directory {
     ///
     /// # Errors
     /// A directory lies in the file's place, or the system refuses something.
-    pub fn write_pid(&self, name: &str, pid: u32) -> Result<(), Error> {
+    pub fn write_pid(&self, name: &str, pid: Pid) -> Result<(), Error> {
         let name = format!("{name}.pid");
         // Whatever had the name, it loses it, and is not touched.
         match unlinkat(&self.root, &*name, AtFlags::empty()) {

@@ -10,7 +10,10 @@ use std::path::Path;
 use landlock::{Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
-use rustix::process::{Resource, Rlimit, chroot, fchdir, getpid, getsid, pivot_root, setrlimit, setsid};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitOptions, chroot, fchdir, getpid, getsid, kill_process, pivot_root, setrlimit,
+    setsid, waitpid,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, CoreSchedulingScope, Gid, LinkNameSpaceType, Uid, UnshareFlags};
 
 use crate::args::Arguments;
@@ -166,17 +169,18 @@ fn restrict(tree: &OwnedFd) -> Result<(), Error> {
 
 /// Forks as it is asked for. Returns in the process that is to become the VMM, with the end of a pipe that it has to
 /// report a failure to. The process that was started waits for that report and ends; `born` is told the process id in
-/// the namespace that this was started in.
+/// the namespace that this was started in, and if it fails there will be no VMM.
 ///
 /// # Errors
-/// There are no resources for another process.
-pub fn fork(arguments: &Arguments, born: impl Fn(u32) -> Result<(), Error>) -> Result<Option<OwnedFd>, Error> {
+/// There are no resources for another process, or `born` fails.
+pub fn fork(arguments: &Arguments, born: impl Fn(Pid) -> Result<(), Error>) -> Result<Option<OwnedFd>, Error> {
     if !arguments.daemonize && !arguments.new_pid_ns {
-        born(getpid().as_raw_pid().unsigned_abs())?;
+        born(getpid())?;
         return Ok(None);
     }
     let leader = getsid(None).is_ok_and(|session| session == getpid());
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).failed(|| "make a pipe")?;
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).failed(|| "make a pipe");
+    let (reader, writer) = pipe()?;
     if arguments.daemonize {
         if fork_once()?.is_some() {
             drop(writer);
@@ -187,16 +191,26 @@ pub fn fork(arguments: &Arguments, born: impl Fn(u32) -> Result<(), Error>) -> R
     if arguments.new_pid_ns {
         unshare(UnshareFlags::NEWPID, "make a PID namespace")?;
     }
+    let (told, go) = pipe()?;
     // Not the leader of the new session, the daemon never gets a terminal again.
     if let Some(child) = fork_once()? {
-        let told = born(child);
+        let known = born(child).and_then(|()| rustix::io::write(&go, &[0]).map(drop).failed(|| "let the VMM begin"));
+        if known.is_err() {
+            end(child);
+        }
         if arguments.daemonize {
-            report(&writer, told);
+            report(&writer, known);
             std::process::exit(0);
         }
-        told?;
+        known?;
         drop(writer);
         await_report(reader);
+    }
+    // A VMM that nobody knows of would be one that nobody ends.
+    drop(go);
+    if fs::File::from(told).read_exact(&mut [0]).is_err() {
+        report(&writer, Err(Error::Refused("the jailer ended before the VMM could begin".into())));
+        std::process::exit(1);
     }
     // When the leader of a session ends, all of the session get SIGHUP.
     if leader && !arguments.daemonize {
@@ -206,13 +220,18 @@ pub fn fork(arguments: &Arguments, born: impl Fn(u32) -> Result<(), Error>) -> R
 }
 
 /// The child's process id in the parent, `None` in the child.
-fn fork_once() -> Result<Option<u32>, Error> {
+fn fork_once() -> Result<Option<Pid>, Error> {
     // SAFETY: this process has one thread, so the child may do everything that the parent may.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()).failed(|| "fork"),
-        0 => Ok(None),
-        child => Ok(Some(child.unsigned_abs())),
+        child => Ok(Pid::from_raw(child)),
     }
+}
+
+/// Returns when the child is no more.
+fn end(child: Pid) {
+    let _ = kill_process(child, Signal::KILL);
+    let _ = waitpid(Some(child), WaitOptions::empty());
 }
 
 /// Waits until the VMM runs (the pipe is closed by its execution) or until somebody reports a failure, and ends.

@@ -98,7 +98,7 @@ impl Jail {
             self.owner = (found.uid(), found.gid());
         }
         let inside = self.inside(&file);
-        fs::create_dir_all(inside.parent().unwrap_or(&inside))?;
+        make_open(inside.parent().unwrap_or(&inside))?;
         File::create(inside)?;
         self.files.push(file.clone());
         Ok(file)
@@ -167,6 +167,17 @@ impl Jail {
         unsafe { command.pre_exec(prepare) };
         Ok(command)
     }
+}
+
+/// Makes a directory, and those above it that there are not, for everybody to enter: the umask may be that of one who
+/// shares nothing, but the VMM is another user.
+fn make_open(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    directory.parent().map_or(Ok(()), make_open)?;
+    fs::create_dir(directory)?;
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755))
 }
 
 /// In one line, for who runs it.

@@ -57,7 +57,10 @@ fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
     let jailer = jailer.to_str().unwrap();
     let command = ["--jailer", jailer, "--", "sh", "-c", "echo hi; exit 7"];
     let confined = |errors: &str| errors.strip_prefix("vesiclectl: the VMM is confined ").unwrap().to_owned();
-    let (output, errors, status) = run(&command);
+    // Whoever starts it may share no new file with anybody.
+    let mut launcher = Command::new("sh");
+    launcher.args(["-c", "umask 077; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vesiclectl")]).args(arguments(&command));
+    let (output, errors, status) = told(launcher.stdin(Stdio::null()).output().unwrap());
     assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
     assert_eq!(
         confined(&errors),
