@@ -19,7 +19,7 @@ pub const PORTS: u16 = 8;
 pub const COM1_IRQ: u32 = 4;
 
 /// Bytes the guest may be ahead of the host.
-const OUTPUT_CAPACITY: usize = 16 << 10;
+pub const OUTPUT_CAPACITY: usize = 16 << 10;
 /// A driver that saw the transmitter empty writes this many bytes without looking again.
 const TRANSMIT_FIFO: usize = 16;
 /// Bytes the host may be ahead of the guest.
@@ -194,7 +194,7 @@ impl Serial {
     }
 
     /// Moves up to `buffer.len()` bytes of output into `buffer`; the vmm thread calls it until it
-    /// returns 0.
+    /// returns 0, or has itself called again.
     pub fn take_output(&mut self, buffer: &mut [u8]) -> usize {
         let was_busy = !self.transmitter_ready();
         let count = buffer.len().min(self.output.len());
@@ -206,6 +206,11 @@ impl Serial {
             self.raise_transmitter();
         }
         count
+    }
+
+    /// Calls the vmm thread, which leaves output here for now.
+    pub fn call_again(&self) {
+        self.wake_vmm();
     }
 
     /// Gives the guest input; returns how much was taken.

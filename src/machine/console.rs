@@ -5,16 +5,21 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::TokenBucketConfig;
-use crate::devices::serial::Serial;
+use crate::devices::serial::{OUTPUT_CAPACITY, Serial};
 use crate::devices::virtio::rate_limiter::TokenBucket;
 use crate::event_loop::{EventLoop, Token, When};
 use crate::metrics::METRICS;
 
 /// Bytes moved per call: what a pipe that polls as writable takes without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
+/// Chunks moved at a time: what the UART holds, and what is pending. What goes beyond that came meanwhile, from vCPUs
+/// that may be faster than the destination for ever.
+const TURN: usize = OUTPUT_CAPACITY.div_ceil(CHUNK) + 1;
+/// How long the end waits for the destination.
+const LAST_WAIT: Duration = Duration::from_secs(2);
 
 /// Settings of the terminal before it was made raw; put back at the end, whatever the end.
 static COOKED: Mutex<Option<libc::termios>> = Mutex::new(None);
@@ -69,9 +74,10 @@ impl Console {
         }
     }
 
-    /// Moves the guest's output to its destination, as far as that takes it without blocking.
+    /// Moves the guest's output to its destination, as far as that takes it without blocking. After a turn the event
+    /// loop has others to serve; the UART calls it back.
     pub fn write_output(&mut self, serial: &Mutex<Serial>, events: &EventLoop) {
-        loop {
+        for _ in 0..TURN {
             if self.pending.is_empty() && !self.fetch(serial) {
                 return;
             }
@@ -88,6 +94,7 @@ impl Console {
                 }
             }
         }
+        lock(serial).call_again();
     }
 
     /// Reads standard input and offers it to the guest.
@@ -116,11 +123,19 @@ impl Console {
         }
     }
 
-    /// Takes what is left at the end; a destination that takes nothing for a second loses it.
+    /// Takes what is left at the end, and not what vCPUs that still run add to it. What the destination does not take
+    /// within [`LAST_WAIT`] is lost.
     pub fn finish(&mut self, serial: &Mutex<Serial>) {
-        while (!self.pending.is_empty() || self.fetch(serial)) && poll_out(self.fd(), 1000) {
-            if self.write_some().is_err() {
-                break;
+        let deadline = Instant::now() + LAST_WAIT;
+        for _ in 0..TURN {
+            if self.pending.is_empty() && !self.fetch(serial) {
+                return;
+            }
+            while !self.pending.is_empty() {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() || !poll_out(self.fd(), left) || self.write_some().is_err() {
+                    return;
+                }
             }
         }
     }
@@ -128,26 +143,29 @@ impl Console {
     /// Fills `pending` from the UART; false when there is nothing. What is over the limit is taken
     /// and dropped, so that the guest does not wait for it.
     fn fetch(&mut self, serial: &Mutex<Serial>) -> bool {
-        loop {
-            self.pending.resize(CHUNK, 0);
-            let (count, lost) = {
-                let mut serial = lock(serial);
-                (serial.take_output(&mut self.pending), serial.take_lost())
-            };
-            self.pending.truncate(count);
-            METRICS.uart.missed_write_count.add(lost);
-            let Some(limiter) = &mut self.limiter else { return count > 0 };
+        self.pending.resize(CHUNK, 0);
+        let (count, lost) = {
+            let mut serial = lock(serial);
+            (serial.take_output(&mut self.pending), serial.take_lost())
+        };
+        self.pending.truncate(count);
+        METRICS.uart.missed_write_count.add(lost);
+        if let Some(limiter) = &mut self.limiter {
             let now = u64::try_from(self.opened.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            if count == 0 || limiter.admit(count as u64, now) {
-                return count > 0;
+            if count > 0 && !limiter.admit(count as u64, now) {
+                METRICS.uart.rate_limiter_dropped_bytes.add(count as u64);
+                self.pending.clear();
             }
-            METRICS.uart.rate_limiter_dropped_bytes.add(count as u64);
         }
+        count > 0
     }
 
-    /// One write of what is pending. Fails with `WouldBlock` rather than to block.
+    /// One write of what is pending, if anything is. Fails with `WouldBlock` rather than to block.
     fn write_some(&mut self) -> io::Result<()> {
-        if !poll_out(self.fd(), 0) {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        if !poll_out(self.fd(), Duration::ZERO) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let written = match stdio(self.fd()).write(&self.pending) {
@@ -198,8 +216,9 @@ fn stdio(fd: RawFd) -> ManuallyDrop<File> {
     ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Whether `fd` takes at least `PIPE_BUF` bytes within `timeout` milliseconds.
-fn poll_out(fd: RawFd, timeout: i32) -> bool {
+/// Whether `fd` takes at least `PIPE_BUF` bytes within `timeout`.
+fn poll_out(fd: RawFd, timeout: Duration) -> bool {
+    let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
     let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
     // SAFETY: `poll` is one valid pollfd.
     unsafe { libc::poll(&mut poll, 1, timeout) == 1 }
@@ -238,8 +257,9 @@ pub fn restore_terminal() {
 
 #[cfg(test)]
 mod tests {
-    use std::io::PipeReader;
+    use std::io::{PipeReader, Seek, SeekFrom};
     use std::os::fd::OwnedFd;
+    use std::thread;
 
     use vmm_sys_util::eventfd::EventFd;
 
@@ -257,6 +277,18 @@ mod tests {
     fn console(limit: Option<&TokenBucketConfig>) -> (PipeReader, Console) {
         let (reader, writer) = io::pipe().unwrap();
         (reader, Console::new(Some(File::from(OwnedFd::from(writer))), limit))
+    }
+
+    /// A console whose destination takes a chunk when the one before was read.
+    fn narrow_console() -> (PipeReader, Console) {
+        let (reader, console) = console(None);
+        // SAFETY: takes no memory.
+        assert_eq!(unsafe { libc::fcntl(console.fd(), libc::F_SETPIPE_SZ, CHUNK as i32) }, CHUNK as i32);
+        (reader, console)
+    }
+
+    fn is_whole(read: &[u8]) -> bool {
+        read.iter().enumerate().all(|(index, byte)| *byte == (index % 251) as u8)
     }
 
     /// Writes as a driver that heeds the line status, at most `count` bytes; returns how many.
@@ -295,7 +327,7 @@ mod tests {
                 console.write_output(&serial, &events);
             }
         }
-        assert!(read.iter().enumerate().all(|(index, byte)| *byte == (index % 251) as u8));
+        assert!(is_whole(&read));
         assert!(write(&serial, 0, 1) == 1, "there is room again");
     }
 
@@ -329,5 +361,95 @@ mod tests {
         let mut read = Vec::new();
         reader.read_to_end(&mut read).unwrap();
         assert_eq!(read.len(), 5000);
+    }
+
+    #[test]
+    fn vcpus_that_refill_the_uart_for_ever_do_not_keep_the_event_loop() {
+        let mut events = EventLoop::new().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut console = Console::new(Some(file.try_clone().unwrap()), None);
+        let serial = serial();
+        events.add(lock(&serial).wake_fd().as_raw_fd(), When::BecameReadable, Token::Serial).unwrap();
+        let (written, mut longest) = (Mutex::new(0), 0);
+        let total = 4 << 20;
+        let refill = || {
+            loop {
+                let mut written = written.lock().unwrap();
+                *written += write(&serial, *written, total - *written);
+                if *written == total {
+                    break;
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(refill);
+            }
+            let mut before = 0;
+            while before < total as u64 {
+                assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Serial]);
+                console.write_output(&serial, &events);
+                let after = file.metadata().unwrap().len();
+                longest = longest.max(after - before);
+                before = after;
+            }
+        });
+        assert!(longest <= (TURN * CHUNK) as u64, "{longest} bytes in one turn");
+        let mut read = Vec::new();
+        (&file).seek(SeekFrom::Start(0)).unwrap();
+        (&file).read_to_end(&mut read).unwrap();
+        assert!(read.len() == total && is_whole(&read));
+    }
+
+    #[test]
+    fn the_end_brings_out_all_that_was_written_before_and_not_what_vcpus_still_write() {
+        let (mut reader, mut console) = narrow_console();
+        let serial = serial();
+        let before = write(&serial, 0, usize::MAX);
+        let read = thread::scope(|scope| {
+            let vcpus = scope.spawn(|| {
+                let (mut written, mut read) = (before, Vec::new());
+                loop {
+                    // It is full again before the console finds room.
+                    written += write(&serial, written, (1 << 20) - written);
+                    let mut chunk = [0; CHUNK];
+                    match reader.read(&mut chunk).unwrap() {
+                        0 => return read,
+                        count => read.extend_from_slice(&chunk[..count]),
+                    }
+                }
+            });
+            console.finish(&serial);
+            drop(console);
+            vcpus.join().unwrap()
+        });
+        assert!((before..=OUTPUT_CAPACITY + CHUNK).contains(&read.len()), "{}", read.len());
+        assert!(is_whole(&read));
+    }
+
+    #[test]
+    fn a_reader_that_takes_a_little_now_and_then_does_not_put_off_the_end() {
+        let events = EventLoop::new().unwrap();
+        let (mut reader, mut console) = narrow_console();
+        let serial = serial();
+        let mut written = 0;
+        while let count @ 1.. = write(&serial, written, usize::MAX) {
+            written += count;
+            console.write_output(&serial, &events);
+        }
+        let reader = thread::spawn(move || {
+            let (mut chunk, mut read) = ([0; CHUNK], 0);
+            loop {
+                thread::sleep(LAST_WAIT / 4);
+                match reader.read(&mut chunk).unwrap() {
+                    0 => return read,
+                    count => read += count,
+                }
+            }
+        });
+        console.finish(&serial);
+        drop(console);
+        let read = reader.join().unwrap();
+        assert!(read < written, "all {written} bytes came out, however long it took");
     }
 }

@@ -152,6 +152,11 @@ impl Requests {
     fn in_use(&self) -> usize {
         self.slots.len() - self.free.len()
     }
+
+    /// A flush is under way that announces what was written. Another waits for it: each has a bitmap of the drive.
+    fn announcing(&self) -> bool {
+        self.slots.iter().any(Request::announces)
+    }
 }
 
 impl Block {
@@ -291,8 +296,8 @@ impl Block {
     }
 
     /// Takes one request and starts it; returns its weight. `None` if the queue is empty,
-    /// which the driver's next notification ends, the engine is full, which a completion ends, or
-    /// the limits are reached, which the timer ends.
+    /// which the driver's next notification ends, the engine is full or a flush has to wait for
+    /// another, which a completion ends, or the limits are reached, which the timer ends.
     fn take_request(&mut self) -> Result<Option<u64>, Violation> {
         let Some(active) = self.active.as_mut().filter(|active| !active.stopped) else { return Ok(None) };
         let Some(token) = self.requests.vacant() else { return Ok(None) };
@@ -300,13 +305,18 @@ impl Block {
         let Some(head) = active.queue.pop(&mut request.buffers)? else { return Ok(None) };
         // SAFETY: the buffers are fresh from the queue, and `active` keeps it.
         let step = unsafe { request.parse(head, &self.disk, self.rules)? };
-        let weight = request.weight();
-        if !self.limiter.take(request.length()) {
+        let (kind, length, weight) = (request.kind(), request.length(), request.weight());
+        if kind == RequestKind::Flush && self.requests.announcing() {
+            active.queue.undo_pop();
+            return Ok(None);
+        }
+        if !self.limiter.take(length) {
             active.queue.undo_pop();
             self.metrics.rate_limiter_throttled_events.inc();
             return Ok(None);
         }
         self.requests.claim(token);
+        self.requests.slots[usize::from(token)].start(&self.disk);
         self.proceed(token, step);
         Ok(Some(weight))
     }

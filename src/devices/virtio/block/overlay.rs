@@ -142,24 +142,30 @@ impl Overlay {
         self.upper.sectors.count() * SECTOR_SIZE
     }
 
-    /// What a flush has to announce once the data is on disk; `None` if a flush has nothing to do.
-    pub(super) fn unsaved(&self) -> Option<Bitmap> {
-        self.saved.as_ref().map(|saved| self.upper.sectors.beyond(saved))
+    /// Whether anybody will look for what was flushed; otherwise a flush has nothing to do.
+    pub(super) fn is_lasting(&self) -> bool {
+        self.saved.is_some()
     }
 
-    /// Announces in the file what [`Self::unsaved`] said, in whatever order flushes come here.
+    /// What a flush has to announce once the data is on disk.
+    pub(super) fn unsaved(&self) -> Bitmap {
+        self.saved.as_ref().map(|saved| self.upper.sectors.beyond(saved)).unwrap_or_default()
+    }
+
+    /// Announces in the file what [`Self::unsaved`] said, since which nothing else was announced.
     pub(super) fn save(&mut self, unsaved: &Bitmap) -> io::Result<()> {
-        let Some(saved) = &self.saved else { return Ok(()) };
-        let mut now = saved.clone();
-        now.merge(unsaved);
-        self.upper.write_bitmap(&now.beyond(saved))?;
-        self.saved = Some(now);
+        let Some(saved) = &mut self.saved else { return Ok(()) };
+        self.upper.write_bitmap(unsaved)?;
+        saved.merge(unsaved);
         Ok(())
     }
 
     /// A flush that waits, for when nothing else is to be done.
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        let Some(unsaved) = self.unsaved().filter(|unsaved| unsaved.count() > 0) else { return Ok(()) };
+        let unsaved = self.unsaved();
+        if unsaved.count() == 0 {
+            return Ok(());
+        }
         self.upper.file.sync_data()?;
         self.save(&unsaved)
     }

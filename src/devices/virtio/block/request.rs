@@ -124,7 +124,7 @@ pub(super) struct Request {
     zeroes: IoVecs,
     /// The part of a read that comes from one file.
     part: IoVecs,
-    /// What a flush has to announce once the data is on disk.
+    /// What a flush that is under way has to announce once the data is on disk.
     unsaved: Bitmap,
 }
 
@@ -179,7 +179,7 @@ impl Request {
             Kind::Read => self.begin_transfer(sector, self.buffers.writable.len(), disk),
             Kind::Write if rules.read_only => Step::Done(Status::IoError),
             Kind::Write => self.begin_transfer(sector, self.buffers.readable.len(), disk),
-            Kind::Flush if rules.flush => self.begin_flush(disk),
+            Kind::Flush if rules.flush => Self::begin_flush(disk),
             Kind::GetId => {
                 // SAFETY: `parse`, from which this is called, promises that the memory is alive.
                 self.length = unsafe { self.buffers.writable.write(&disk.id) } as u64;
@@ -192,11 +192,23 @@ impl Request {
     }
 
     /// What has been written so far is to be on disk. Of a layer that nobody finds nothing has to be.
-    fn begin_flush(&mut self, disk: &Disk) -> Step {
-        let Some(overlay) = &disk.overlay else { return Step::Operate };
-        let Some(unsaved) = overlay.unsaved() else { return Step::Done(Status::Ok) };
-        self.unsaved = unsaved;
-        Step::Operate
+    fn begin_flush(disk: &Disk) -> Step {
+        match &disk.overlay {
+            Some(overlay) if !overlay.is_lasting() => Step::Done(Status::Ok),
+            _ => Step::Operate,
+        }
+    }
+
+    /// The request is about to be carried out: a flush announces what has been written by now, and no other does.
+    pub(super) fn start(&mut self, disk: &Disk) {
+        if let (Kind::Flush, Some(overlay)) = (self.kind, &disk.overlay) {
+            self.unsaved = overlay.unsaved();
+        }
+    }
+
+    /// Whether it is a flush that waits for the data to be on disk, to announce it.
+    pub(super) fn announces(&self) -> bool {
+        self.unsaved.count() > 0
     }
 
     fn begin_transfer(&mut self, sector: u64, length: u64, disk: &Disk) -> Step {
@@ -294,6 +306,7 @@ impl Request {
     pub(super) fn advance(&mut self, result: io::Result<usize>, disk: &mut Disk) -> Step {
         match (self.kind, result) {
             (Kind::Discard | Kind::WriteZeroes, result) => self.advance_range(result, disk),
+            (Kind::Flush, result) => self.advance_flush(result, disk),
             (_, Err(error)) => Step::Failed(error),
             (Kind::Read, Ok(count)) => advance_transfer(&mut self.buffers.writable, &mut self.offset, count),
             (Kind::Write, Ok(count)) => {
@@ -303,17 +316,17 @@ impl Request {
                 }
                 step
             }
-            (Kind::Flush, Ok(_)) => self.advance_flush(disk),
             (Kind::GetId | Kind::Other(_), Ok(_)) => Step::Done(Status::Ok),
         }
     }
 
     /// The data is on disk: what announces it may be written, and has to be on disk as well. The few pages
     /// of it are written at once, whichever engine syncs them.
-    fn advance_flush(&mut self, disk: &mut Disk) -> Step {
+    fn advance_flush(&mut self, result: io::Result<usize>, disk: &mut Disk) -> Step {
         let unsaved = mem::take(&mut self.unsaved);
-        match &mut disk.overlay {
-            Some(overlay) if unsaved.count() > 0 => match overlay.save(&unsaved) {
+        match (result, &mut disk.overlay) {
+            (Err(error), _) => Step::Failed(error),
+            (Ok(_), Some(overlay)) if unsaved.count() > 0 => match overlay.save(&unsaved) {
                 Ok(()) => Step::Operate,
                 Err(error) => Step::Failed(error),
             },

@@ -257,6 +257,35 @@ fn the_next_process_finds_what_was_flushed() {
 }
 
 #[test]
+fn a_guest_that_flushes_many_times_at_once_multiplies_nothing() {
+    for engine in engines() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layer");
+        let base = base();
+        let drive = new(engine, &base, lasting(&path));
+        assert_eq!(write(&drive, 5, &[5; 512]), OK);
+        drive.header(FLUSH, 0);
+        let head = drive.guest.chain(&[readable(HEADER, 16), writable(STATUS, 1)]);
+        for _ in 0..50 {
+            drive.guest.offer(head);
+        }
+        let announcing = |block: &Block| block.requests.slots.iter().filter(|request| request.announces()).count();
+        change(&drive, |block| {
+            block.take_requests().unwrap();
+            assert_eq!(announcing(block), usize::from(engine == IoEngine::Async));
+            block.quiesce();
+            assert_eq!(announcing(block), 0);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(drive.guest.await_used(50), vec![(head, 1); 50]);
+        assert_eq!(drive.guest.get(STATUS, 1), [OK]);
+        drop(drive);
+        assert!(read(&new(engine, &base, lasting(&path)), 5, 512) == [5; 512]);
+    }
+}
+
+#[test]
 fn a_layer_that_is_none_or_not_this_drives_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("layer");
