@@ -506,6 +506,11 @@ impl MicroVm {
         self.vesicle.signaller().terminate();
     }
 
+    /// SIGINT.
+    pub fn interrupt(&self) {
+        self.vesicle.signaller().interrupt();
+    }
+
     /// Ends the process as if the host had crashed under it, and waits until it is gone.
     pub fn kill(&mut self) {
         self.vesicle.signaller().kill();
