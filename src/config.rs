@@ -19,7 +19,9 @@ pub use error::ConfigError;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use sandbox::{AllowedPath, LandlockConfig, SandboxConfig, SeccompConfig};
-pub use snapshot::{DriveOverride, MemoryBackend, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset};
+pub use snapshot::{
+    DriveOverride, MemoryBackend, NetOverride, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset,
+};
 pub use vsock::{GuestCid, VsockConfig};
 
 /// Whether `id` may name a resource: `[A-Za-z0-9_]+`.

@@ -144,14 +144,16 @@ fn a_kernel_without_a_root_panics_and_the_vmm_ends() {
 }
 
 #[test]
-fn sigterm_ends_the_vmm_at_every_stage() {
-    let mut vm = Guest::tuned().configure();
-    vm.terminate();
-    assert_eq!(vm.wait_exit().code(), Some(0));
+fn sigterm_and_sigint_end_the_vmm_at_every_stage() {
+    for end in [MicroVm::terminate, MicroVm::interrupt] {
+        let mut vm = Guest::tuned().configure();
+        end(&vm);
+        assert_eq!(vm.wait_exit().code(), Some(0));
+    }
 
     let mut vm = Guest::tuned().vcpus(2).boot();
     vm.begin("while :; do :; done");
-    vm.terminate();
+    vm.interrupt();
     assert_eq!(vm.wait_exit().code(), Some(0));
 
     let mut vm = Guest::tuned().boot();

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::rest::wait_until_at_rest;
+use common::snapshot::Snapshot;
 use common::tap::{Server, Tap, mac};
 use common::{Guest, MicroVm, Mode, PATIENCE, wait_until};
 use serde_json::{Value, json};
@@ -309,5 +310,51 @@ fn an_interface_survives_pauses() {
         vm.resume();
     }
     assert_eq!(vm.finish(PATIENCE), ("0\n".to_owned(), 0));
+    vm.shut_down();
+}
+
+#[test]
+fn a_clone_has_a_tap_and_an_address_of_its_own() {
+    let [tap, own, spare] = [Tap::new(), Tap::new(), Tap::new()];
+    let (guest, own_name) = Guest::tuned().argument("--allow-path=/").reach(&own.name);
+    let guest = guest.interface("net0", &tap.name, mac(tap.net)).interface("net1", &spare.name, mac(spare.net));
+    let mut vm = guest.boot();
+    tap.set_up(&mut vm, "eth0");
+    vm.ok(&format!("ping -c 1 -W 10 {}", tap.host()));
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+
+    let load = |id: &str, mac: &Value| {
+        let mut body = snapshot.load();
+        body["network_overrides"] = json!([{ "iface_id": id, "host_dev_name": own_name, "guest_mac": mac }]);
+        body
+    };
+    let [old_mac, new_mac, taken] = [&tap, &own, &spare].map(|tap| mac(tap.net)["guest_mac"].clone());
+    for (id, mac, reason) in
+        [("net2", &new_mac, "no interface \"net2\""), ("net0", &taken, "in use by interface `net0`")]
+    {
+        vm = vm.successor();
+        let refusal = vm.refused_put("/snapshot/load", &load(id, mac));
+        assert!(refusal.contains(reason), "{refusal}");
+        assert_eq!(vm.wait_exit().code(), Some(1));
+    }
+
+    let mut vm = vm.successor();
+    let refusal = vm.refused_put("/snapshot/load", &load("net0", &json!("06:00")));
+    assert!(refusal.contains("`06:00`"), "{refusal}");
+    let sent = tap.statistic("rx_packets");
+    vm.put("/snapshot/load", &load("net0", &new_mac));
+    let shown = &vm.get("/vm/config")["network-interfaces"];
+    assert_eq!((&shown[0]["guest_mac"], &shown[0]["host_dev_name"]), (&new_mac, &json!(own_name)));
+    assert_eq!((&shown[1]["guest_mac"], &shown[1]["host_dev_name"]), (&taken, vm.guest().interface_name("net1")));
+    // The driver goes on with what it knows until it looks at the device again.
+    vm.ok(&format!("ip addr show eth0 | grep -q {}", tap.guest()));
+    assert_eq!(vm.ok("cat /sys/class/net/eth0/address"), old_mac.as_str().unwrap());
+    vm.ok("device=$(basename $(readlink -f /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net && \
+         echo $device >unbind && echo $device >bind");
+    assert_eq!(vm.ok("cat /sys/class/net/eth0/address"), new_mac.as_str().unwrap());
+    own.set_up(&mut vm, "eth0");
+    vm.ok(&format!("ping -c 3 -W 10 {}", own.host()));
+    assert_eq!(tap.statistic("rx_packets"), sent, "nothing goes where the guest was before");
     vm.shut_down();
 }

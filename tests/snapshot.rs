@@ -64,7 +64,9 @@ fn two_clones_of_one_snapshot_draw_different_random_numbers() {
         let drawn = draws(&mut first);
         first.kill();
         let mut second = first.successor();
-        second.put("/snapshot/load", &snapshot.load());
+        // As older clients say it.
+        let load = json!({ "snapshot_path": snapshot.state, "mem_file_path": snapshot.memory, "resume_vm": true });
+        second.put("/snapshot/load", &load);
         assert_ne!(draws(&mut second), drawn);
         assert_ne!(second.run("dmesg | grep -i 'crng reseeded'").0, "");
         second.shut_down();

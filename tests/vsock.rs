@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::rest::wait_until_at_rest;
+use common::snapshot::Snapshot;
 use common::{Guest, MicroVm, PATIENCE, artefact, wait_until};
 use serde_json::json;
 
@@ -78,6 +79,15 @@ impl Talker {
 
     fn connect(&self, port: u32) -> UnixStream {
         self.try_connect(port).expect("the guest listens")
+    }
+
+    /// The guest has come out of a snapshot in which it had a connection to its echo: a new one works, and the old one
+    /// ends. Returns the new one.
+    fn news_of_a_reset(&mut self) -> UnixStream {
+        let mut stream = self.connect(ECHO);
+        assert_eq!(exchange(&mut stream, b"at once"), b"at once");
+        self.vm.ok(&format!("until grep -q 'reset by peer' /run/{ECHO}; do sleep 0.05; done"));
+        stream
     }
 
     fn descriptors(&mut self) -> usize {
@@ -359,4 +369,26 @@ fn a_vsock_line_that_never_comes_is_not_waited_for_forever() {
         assert_eq!(read_line(&mut talker.ask(wrong)), None, "{wrong:?}");
     }
     talker.vm.shut_down();
+}
+
+#[test]
+fn a_vsock_connection_ends_with_a_load_and_with_a_reset_and_a_new_one_works_at_once() {
+    let mut talker = Talker::boot(Guest::tuned().argument("--allow-path=/"));
+    talker.serve(ECHO, "echo");
+    let mut old = talker.connect(ECHO);
+    assert_eq!(exchange(&mut old, b"before"), b"before");
+    let snapshot = Snapshot::of(&talker.vm);
+    talker.vm.kill();
+    let mut clone = Talker { vm: talker.vm.successor() };
+    let mut load = snapshot.load();
+    load["vsock_override"] = json!({ "uds_path": clone.path() });
+    clone.vm.put("/snapshot/load", &load);
+    assert_eq!(clone.vm.get("/vm/config")["vsock"]["uds_path"], json!(clone.path()));
+    let mut stream = clone.news_of_a_reset();
+    for _ in 0..2 {
+        clone.vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
+        assert_eq!(read_line(&mut stream), None, "the host's side ends, too");
+        stream = clone.news_of_a_reset();
+    }
+    clone.vm.shut_down();
 }

@@ -2,7 +2,7 @@
 //!
 //! - `vsock serve PORT HOW` accepts connections from the host until it is killed: `echo` sends back what comes,
 //!   `store` sends it back when the host has finished sending, `deaf` reads nothing, `random` reads nothing and
-//!   sends a line of random digits.
+//!   sends a line of random digits. It says on standard error which connections failed.
 //! - `vsock pipe PORT` connects to the host: standard input goes there, and what comes back to standard output.
 //! - `vsock churn PORT COUNT` connects to the host and closes, that many times; it prints how many were accepted.
 
@@ -80,7 +80,7 @@ fn serve(port: u32, how: &str) -> io::Result<()> {
 }
 
 fn answer(mut stream: File, how: &str) {
-    let _ = match how {
+    let result = match how {
         "echo" => copy(&stream, &stream),
         "store" => {
             let mut all = Vec::new();
@@ -91,6 +91,9 @@ fn answer(mut stream: File, how: &str) {
             thread::park();
         },
     };
+    if let Err(error) = result {
+        eprintln!("vsock: {error}");
+    }
 }
 
 fn random() -> io::Result<String> {

@@ -419,14 +419,13 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             (None, Some(path)) => (config::MemoryBackend::File, path),
             _ => return Err(ConfigError::SnapshotMemory),
         };
-        let devices = body.network_overrides.into_iter().map(|over| Ok((over.iface_id, over.host_dev_name.parse()?)));
         Self {
             snapshot_path: body.snapshot_path,
             backend_path,
             backend,
             resume_vm: body.resume_vm,
             track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
-            network_overrides: devices.collect::<Result<_, ConfigError>>()?,
+            network_overrides: body.network_overrides.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             drive_overrides: body.drive_overrides.into_iter().map(Into::into).collect(),
             vsock_override: body.vsock_override.map(|over| over.uds_path),
             clock_realtime: body.clock_realtime,
@@ -443,6 +442,18 @@ impl From<types::MemoryBackendType> for config::MemoryBackend {
             types::MemoryBackendType::File => Self::File,
             types::MemoryBackendType::Uffd => Self::Uffd,
         }
+    }
+}
+
+impl TryFrom<types::NetworkOverride> for config::NetOverride {
+    type Error = ConfigError;
+
+    fn try_from(body: types::NetworkOverride) -> Result<Self, ConfigError> {
+        Ok(Self {
+            iface_id: body.iface_id,
+            host_device: body.host_dev_name.parse()?,
+            guest_mac: body.guest_mac.map(|mac| mac.parse()).transpose()?,
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ConfigError, HostDevice, HugePages, OverlayConfig, check_path, check_resource_id};
+use super::{ConfigError, HostDevice, HugePages, MacAddress, OverlayConfig, check_path, check_resource_id};
 
 /// What a memory file is to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +53,17 @@ pub struct DriveOverride {
     pub overlay: Option<OverlayConfig>,
 }
 
+/// What a load changes of a network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetOverride {
+    /// Which interface.
+    pub iface_id: String,
+    /// Its TAP.
+    pub host_device: HostDevice,
+    /// Its address from now on; `None` leaves it as it was.
+    pub guest_mac: Option<MacAddress>,
+}
+
 /// Where guest memory comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum MemoryBackend {
@@ -76,8 +87,8 @@ pub struct SnapshotLoad {
     pub resume_vm: bool,
     /// Keep a record of the pages the guest writes.
     pub track_dirty_pages: bool,
-    /// Other TAPs, by `iface_id`.
-    pub network_overrides: Vec<(String, HostDevice)>,
+    /// Other TAPs and addresses.
+    pub network_overrides: Vec<NetOverride>,
     /// Other drive files.
     pub drive_overrides: Vec<DriveOverride>,
     /// Another path for the vsock device.
@@ -98,8 +109,8 @@ impl SnapshotLoad {
     pub fn checked(self) -> Result<Self, ConfigError> {
         check_path("snapshot_path", &self.snapshot_path)?;
         check_path("backend_path", &self.backend_path)?;
-        for (id, _) in &self.network_overrides {
-            check_resource_id("iface_id", id)?;
+        for over in &self.network_overrides {
+            check_resource_id("iface_id", &over.iface_id)?;
         }
         for over in &self.drive_overrides {
             check_resource_id("drive_id", &over.drive_id)?;

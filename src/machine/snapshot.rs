@@ -129,10 +129,12 @@ impl State {
         let mut config = self.config.clone();
         config.machine.track_dirty_pages = request.track_dirty_pages;
         config.machine.huge_pages = request.huge_pages.unwrap_or(config.machine.huge_pages);
-        for (id, device) in &request.network_overrides {
-            let interface = config.network_interfaces.iter_mut().find(|interface| interface.iface_id == *id);
-            let missing = || SnapshotError::Override(format!("interface {id:?}"));
-            interface.ok_or_else(missing)?.host_device = device.clone();
+        for over in &request.network_overrides {
+            let interface = config.network_interfaces.iter_mut().find(|interface| interface.iface_id == over.iface_id);
+            let missing = || SnapshotError::Override(format!("interface {:?}", over.iface_id));
+            let interface = interface.ok_or_else(missing)?;
+            interface.host_device = over.host_device.clone();
+            interface.guest_mac = over.guest_mac.or(interface.guest_mac);
         }
         layers::override_drives(&mut config.drives, request, id)?;
         if let Some(path) = &request.vsock_override {

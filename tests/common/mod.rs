@@ -157,19 +157,24 @@ impl Guest {
     }
 
     /// A network interface: the body of PUT /network-interfaces. The guest calls the first eth0.
-    pub fn interface(mut self, id: &str, host_dev_name: &str, mut more: Value) -> Self {
-        let mut host_dev_name = host_dev_name.to_owned();
-        if self.dir.mode() == Mode::Rootless && !host_dev_name.starts_with("fd:") {
-            // Nobody could open it in a jail that root had no part in.
-            let tap = vesicle::devices::virtio::net::Tap::open(&host_dev_name).unwrap();
-            let fd = tap.as_fd().try_clone_to_owned().unwrap();
-            host_dev_name = format!("fd:{}", fd.as_raw_fd());
-            self = self.pass(fd);
-        }
+    pub fn interface(self, id: &str, host_dev_name: &str, mut more: Value) -> Self {
+        let (mut guest, host_dev_name) = self.reach(host_dev_name);
         more["iface_id"] = json!(id);
         more["host_dev_name"] = json!(host_dev_name);
-        self.interfaces.push(more);
-        self
+        guest.interfaces.push(more);
+        guest
+    }
+
+    /// Sees to it that the VMM can open a TAP, and returns the `host_dev_name` by which it can.
+    pub fn reach(self, host_dev_name: &str) -> (Self, String) {
+        if self.dir.mode() != Mode::Rootless || host_dev_name.starts_with("fd:") {
+            return (self, host_dev_name.to_owned());
+        }
+        // Nobody could open it in a jail that root had no part in.
+        let tap = vesicle::devices::virtio::net::Tap::open(host_dev_name).unwrap();
+        let fd = tap.as_fd().try_clone_to_owned().unwrap();
+        let name = format!("fd:{}", fd.as_raw_fd());
+        (self.pass(fd), name)
     }
 
     /// Runs this shell script and resets the machine, instead of waiting for commands.
@@ -499,6 +504,11 @@ impl MicroVm {
     /// SIGTERM.
     pub fn terminate(&self) {
         self.vesicle.signaller().terminate();
+    }
+
+    /// SIGINT.
+    pub fn interrupt(&self) {
+        self.vesicle.signaller().interrupt();
     }
 
     /// Ends the process as if the host had crashed under it, and waits until it is gone.

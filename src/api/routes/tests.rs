@@ -168,6 +168,24 @@ fn a_vsock_has_a_cid_of_a_guest_and_a_path() {
 }
 
 #[test]
+fn a_load_names_its_memory_once() {
+    const BACKEND: &str = r#""mem_backend":{"backend_type":"File","backend_path":"m"}"#;
+    const FILE: &str = r#""mem_file_path":"m""#;
+    let load = |memory: &str| format!(r#"{{"snapshot_path":"s"{memory}}}"#);
+    for (memory, expected) in [(BACKEND, false), (FILE, true)] {
+        let body = load(&format!(",{memory}"));
+        let Ok(Action::Ask(ask)) = route(&Method::PUT, "/snapshot/load", body.as_bytes()) else { panic!("{body}") };
+        let Command::LoadSnapshot(request) = ask.command else { panic!("{body}") };
+        assert_eq!((request.backend, request.backend_path.to_str()), (MemoryBackend::File, Some("m")));
+        assert_eq!(ask.deprecated, expected, "{body}");
+    }
+    for body in [load(""), load(&format!(",{BACKEND},{FILE}"))] {
+        let message = refusal(Method::PUT, "/snapshot/load", &body);
+        assert!(message.contains("name the memory file once, in mem_backend"), "{body}: {message}");
+    }
+}
+
+#[test]
 fn actions_and_states_are_commands() {
     let action = |name| command(Method::PUT, "/actions", &format!(r#"{{"action_type":"{name}"}}"#));
     assert!(matches!(action("InstanceStart"), Command::Start));

@@ -175,9 +175,17 @@ fn an_old_client_that_does_not_ask_for_it_keeps_its_connection() {
 fn a_deprecated_field_is_answered_with_a_header() {
     let api = Api::new(Limits::default());
     let mut client = api.connect();
-    for (template, deprecated) in [("", false), (r#", "cpu_template": "None""#, true)] {
-        let body = format!(r#"{{"vcpu_count": 1, "mem_size_mib": 128{template}}}"#);
-        client.send(format!("PUT /machine-config HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
+    for (path, body, deprecated) in [
+        ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128}"#, false),
+        ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "None"}"#, true),
+        (
+            "/snapshot/load",
+            r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "File", "backend_path": "m"}}"#,
+            false,
+        ),
+        ("/snapshot/load", r#"{"snapshot_path": "s", "mem_file_path": "m"}"#, true),
+    ] {
+        client.send(format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
         let head = client.head();
         assert!(head.starts_with("HTTP/1.1 204 "), "{head}");
         assert_eq!(head.contains("deprecation: true\r\n"), deprecated, "{head}");

@@ -49,7 +49,7 @@ pub struct SnapshotLoadParams {
     /// Run at once.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Other TAPs.
+    /// Other TAPs and addresses.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
     /// Another path for vsock.
@@ -93,6 +93,8 @@ pub struct NetworkOverride {
     pub iface_id: String,
     /// Its TAP.
     pub host_dev_name: String,
+    /// Its address.
+    pub guest_mac: Option<String>,
 }
 
 /// See [`SnapshotLoadParams::vsock_override`].

@@ -111,6 +111,11 @@ impl Signaller {
         let _ = pidfd_send_signal(&*self.0, Signal::TERM);
     }
 
+    /// The same, as a terminal asks for it (SIGINT).
+    pub fn interrupt(&self) {
+        let _ = pidfd_send_signal(&*self.0, Signal::INT);
+    }
+
     /// Ends it (SIGKILL). A process that has ended is not an error.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(&*self.0, Signal::KILL);

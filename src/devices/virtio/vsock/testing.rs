@@ -25,6 +25,7 @@ pub const CREDIT_REQUEST: u16 = 7;
 
 pub const RX: usize = 0;
 pub const TX: usize = 1;
+pub const EVENT: usize = 2;
 const QUEUE_SIZE: u16 = 16;
 
 /// Where the guest has its packets: the ones it sends, then the buffers it posts.

@@ -513,9 +513,41 @@ fn a_guest_out_of_a_snapshot_meets_no_port_of_its_past() {
     rig.guest.mmio.resume();
     // It is told of the reset, and reads that.
     for _ in 0..2 {
-        rig.guest.select(2).offer(rig.guest.chain(&[writable(HIGH_RAM_START, 4)]));
+        rig.guest.select(EVENT).offer(rig.guest.chain(&[writable(HIGH_RAM_START, 4)]));
         rig.guest.kick();
         rig.settle();
     }
     assert_ne!(rig.open_from_host().1, 1 << 30);
+}
+
+#[test]
+fn a_guest_out_of_a_snapshot_hears_that_its_connections_are_gone_before_anything_else() {
+    const NEWS: u64 = HIGH_RAM_START;
+    let rig = Rig::ready();
+    let (mut old, port) = rig.open_from_host();
+    rig.guest.select(TX).used();
+    rig.guest.mmio.quiesce();
+    // Sent, and not looked at before it is saved.
+    rig.send_data(port, 52, b"too late");
+    let state = rig.guest.mmio.save();
+    assert_eq!(rig.guest.select(TX).used(), []);
+    rig.guest.mmio.restore(&state).unwrap();
+    assert_eq!(rest(&mut old), b"", "nobody is there to whom it could go");
+    rig.guest.mmio.resume();
+    assert_eq!(rig.guest.select(TX).used().len(), 1, "the guest has its buffer back all the same");
+
+    let offer = || {
+        rig.guest.put(NEWS, &[0xff; 4]);
+        rig.guest.select(EVENT).offer(rig.guest.chain(&[writable(NEWS, 4)]));
+        rig.guest.kick();
+    };
+    let _new = rig.dial("CONNECT 52\n");
+    assert_eq!(rig.ops(), [0; 0], "there is no room for the news");
+    offer();
+    assert_eq!((rig.guest.select(EVENT).used().len(), rig.guest.get(NEWS, 4)), (1, vec![0; 4]));
+    assert_eq!(rig.ops(), [0; 0], "the news is there and was not read yet");
+    offer();
+    let seen = rig.seen();
+    let seen: Vec<_> = seen.iter().map(|packet| (packet.op, packet.host_port == port)).collect();
+    assert_eq!(seen, [(RESET, true), (REQUEST, false)]);
 }
