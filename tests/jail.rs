@@ -341,6 +341,19 @@ fn no_vmm_is_executed_whose_process_id_could_not_be_written_down() {
     }
 }
 
+/// Its launcher sees only the first of three processes.
+#[test]
+fn a_daemon_that_did_not_come_about_is_a_failure() {
+    let jail = Jail::new();
+    let mut command = jail.command();
+    command.args(["--new-pid-ns", "--daemonize", "--", "--version"]);
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=setsid:error=EPERM"]).arg(command.get_program());
+    let output = strace.args(command.get_args()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("begin a session"), "{output:?}");
+}
+
 /// The fields of /proc/PID/status.
 fn status(pid: u32) -> BTreeMap<String, String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

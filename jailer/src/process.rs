@@ -179,21 +179,18 @@ pub fn fork(arguments: &Arguments, born: impl Fn(Pid) -> Result<(), Error>) -> R
         return Ok(None);
     }
     let leader = getsid(None).is_ok_and(|session| session == getpid());
-    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).failed(|| "make a pipe");
     let (reader, writer) = pipe()?;
-    if arguments.daemonize {
-        if fork_once()?.is_some() {
-            drop(writer);
-            await_report(reader);
-        }
-        setsid().failed(|| "begin a session")?;
+    if arguments.daemonize && fork_once()?.is_some() {
+        drop(writer);
+        await_report(reader);
     }
-    if arguments.new_pid_ns {
-        unshare(UnshareFlags::NEWPID, "make a PID namespace")?;
+    let begun = begin(arguments);
+    if arguments.daemonize && begun.is_err() {
+        report(&writer, begun.map(drop));
+        std::process::exit(1);
     }
-    let (told, go) = pipe()?;
-    // Not the leader of the new session, the daemon never gets a terminal again.
-    if let Some(child) = fork_once()? {
+    let (child, told, go) = begun?;
+    if let Some(child) = child {
         let known = born(child).and_then(|()| rustix::io::write(&go, &[0]).map(drop).failed(|| "let the VMM begin"));
         if known.is_err() {
             end(child);
@@ -217,6 +214,23 @@ pub fn fork(arguments: &Arguments, born: impl Fn(Pid) -> Result<(), Error>) -> R
         setsid().failed(|| "begin a session")?;
     }
     Ok(Some(writer))
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
+    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).failed(|| "make a pipe")
+}
+
+/// Makes the process that is to become the VMM: not the leader of its session, a daemon never gets a terminal again.
+/// Returns as [`fork_once`], and a pipe that lets the child go on.
+fn begin(arguments: &Arguments) -> Result<(Option<Pid>, OwnedFd, OwnedFd), Error> {
+    if arguments.daemonize {
+        setsid().failed(|| "begin a session")?;
+    }
+    if arguments.new_pid_ns {
+        unshare(UnshareFlags::NEWPID, "make a PID namespace")?;
+    }
+    let (told, go) = pipe()?;
+    Ok((fork_once()?, told, go))
 }
 
 /// The child's process id in the parent, `None` in the child.
