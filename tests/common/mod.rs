@@ -471,6 +471,14 @@ impl MicroVm {
 
     /// The same, started with further arguments.
     pub fn successor_with(mut self, arguments: &[&str]) -> Self {
+        let mut vm = self.sibling(arguments);
+        vm.job = self.job.take();
+        vm.before = Some(Box::new(self));
+        vm
+    }
+
+    /// One of many such successors. This one is to outlive them: their files are its.
+    pub fn sibling(&self, arguments: &[&str]) -> Self {
         let guest = Guest {
             dir: Place::new(self.guest.dir.mode()),
             job: None,
@@ -483,10 +491,7 @@ impl MicroVm {
             passed: self.guest.passed.clone(),
             ..self.guest
         };
-        let mut vm = guest.launch();
-        vm.job = self.job.take();
-        vm.before = Some(Box::new(self));
-        vm
+        guest.launch()
     }
 
     /// Waits for the VMM's end and takes the exit status of the job.
