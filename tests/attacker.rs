@@ -45,7 +45,10 @@ impl Scene {
             fs::write(outside.join(name), "not a program").unwrap();
             fs::set_permissions(outside.join(name), Permissions::from_mode(mode)).unwrap();
         }
-        let sleep = |user| Command::new("sleep").arg("1000").uid(user).gid(user).spawn().unwrap();
+        let sleep = |user| {
+            let mut sleep = Command::new("sh");
+            sleep.args(["-c", "trap '' ABRT; exec sleep 1000"]).uid(user).gid(user).spawn().unwrap()
+        };
         let neighbours: Vec<_> = [20_000, 1_000].map(|user| (user, sleep(user))).into();
         let listener = UnixListener::bind(outside.join("socket")).unwrap();
         fs::set_permissions(outside.join("socket"), Permissions::from_mode(0o777)).unwrap();

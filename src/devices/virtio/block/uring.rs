@@ -2,7 +2,7 @@
 //!
 //! The ring starts disabled, gets its files, its eventfd and its restrictions, and is only then
 //! enabled: whatever corrupts this process later, the ring reads, writes, syncs and allocates the
-//! drive's files, as they were opened, and nothing else.
+//! drive's files, or what this process has open and puts in their place, and does nothing else.
 //!
 //! A flush is not ordered against what else is in flight: it has to cover the writes that were
 //! completed before it was submitted (virtio 1.2 §5.2.6.2), and their data is with the host.
