@@ -4,12 +4,13 @@
 mod common;
 
 use std::ffi::OsString;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use common::{artefact, vesicle};
 
@@ -193,4 +194,59 @@ fn on_a_terminal_the_command_has_one_and_ours_is_left_as_it_was() {
     assert_eq!(lines, ["/dev/ttyS0", "33 77", "vt102"]);
     let file = |name| fs::read_to_string(dir.path().join(name)).unwrap();
     assert_eq!((file("status").as_str(), file("before")), ("0\n", file("after")));
+}
+
+/// The snapshots that are kept.
+fn kept(snapshots: &Path) -> Vec<PathBuf> {
+    fs::read_dir(snapshots).map_or_else(|_| Vec::new(), |found| found.map(|entry| entry.unwrap().path()).collect())
+}
+
+#[test]
+fn a_run_starts_from_the_snapshot_that_the_first_one_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = dir.path().join("snapshots");
+    let option = format!("--snapshots={}", snapshots.display());
+    let command = [option.as_str(), "--", "sh", "-c", "cat /proc/sys/kernel/random/uuid; exit 7"];
+
+    // Who wants to see a kernel boot sees it.
+    let (output, _, status) = run(&[&option, "--boot-args", "loglevel=7", "--", "true"]);
+    assert!(status == 0 && output.contains("Linux version"), "{output}");
+    assert!(kept(&snapshots).is_empty());
+
+    let (first, said, status) = run(&command);
+    assert_eq!((status, first.len()), (7, 37), "{first} {said}");
+    assert!(said.contains("booting the guest once"), "{said}");
+    let snapshot = kept(&snapshots);
+    assert_eq!(snapshot.len(), 1);
+    let (second, said, status) = run(&command);
+    assert_eq!((status, second.len(), said.as_str()), (7, 37, ""));
+    assert_ne!(first, second, "two guests drew the same random numbers");
+
+    // The clock is the host's, and a job that is longer than what the guest waited with arrives whole.
+    let input = File::open(artefact("kernel-tuned")).unwrap();
+    let length = input.metadata().unwrap().len();
+    let mut counting = vesiclectl(&[&option, "--stdin", "--", "sh", "-c", "date +%s; wc -c"]);
+    let (output, said, status) = told(counting.stdin(input).output().unwrap());
+    let numbers: Vec<u64> = output.lines().map(|line| line.trim().parse().unwrap()).collect();
+    assert_eq!((status, said.as_str(), numbers[1]), (0, "", length));
+    assert!(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().abs_diff(numbers[0]) < 60, "{numbers:?}");
+    assert_eq!(kept(&snapshots), snapshot);
+
+    // One that is damaged is not used again.
+    OpenOptions::new().write(true).open(snapshot[0].join("memory")).unwrap().set_len(1 << 20).unwrap();
+    let (_, said, status) = run(&command);
+    assert!(status == 125 && said.contains("memory") && said.contains("the next run makes another"), "{said}");
+    let (_, said, status) = run(&command);
+    assert!(status == 7 && said.contains("booting the guest once"), "{said}");
+}
+
+#[test]
+fn a_guest_that_cannot_be_kept_is_booted_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "not a directory").unwrap();
+    let option = format!("--snapshots={}", file.display());
+    let (output, said, status) = run(&[&option, "--", "sh", "-c", "echo hi; exit 7"]);
+    assert_eq!((output.as_str(), status), ("hi\n", 7));
+    assert!(said.contains("no snapshot of the guest is kept in"), "{said}");
 }
