@@ -238,11 +238,6 @@ impl GuestRam {
         self.size().min(MMIO_GAP_START)
     }
 
-    /// Whether there is a record of the pages that are written.
-    pub fn is_tracked(&self) -> bool {
-        self.memory.iter().any(|region| Deref::deref(region).bitmap().is_some())
-    }
-
     /// Notes that `range` of slot `index` is not what it was, if that is tracked.
     pub fn note_written(&self, index: usize, range: &Range<u64>) {
         if let Some(region) = self.memory.iter().nth(index) {
@@ -410,6 +405,11 @@ fn offset_of(gpa: u64) -> u64 {
 /// The guest physical address of an offset into RAM without the gap.
 pub fn address_of(offset: u64) -> u64 {
     if offset < MMIO_GAP_START { offset } else { offset - MMIO_GAP_START + MMIO_GAP_END }
+}
+
+/// Whether there is a record of the pages that are written to `memory`.
+pub fn is_tracked(memory: &GuestMemory) -> bool {
+    memory.iter().any(|region| Deref::deref(region).bitmap().is_some())
 }
 
 /// Has the pages of the `len` bytes from `offset` on, of RAM without the gap, in the page tables: for `write`, those of a

@@ -262,6 +262,19 @@ fn a_diff_after_a_reset_is_refused_where_nobody_noted_what_was_taken_back() {
     assert!(refusal.contains("track_dirty_pages"), "{refusal}");
     vm.put("/snapshot/create", &first.create("Full"));
     vm.put("/snapshot/create", &next.create("Diff"));
+    vm.kill();
+
+    // With a record it follows, and one that is refused before it begins takes nothing with it.
+    let vm = vm.successor_with(&["--allow-path=/"]);
+    let mut load = snapshot.load();
+    load["track_dirty_pages"] = json!(true);
+    vm.put("/snapshot/load", &load);
+    vm.pause();
+    vm.put("/snapshot/create", &first.create("Diff"));
+    vm.put("/snapshot/reset", &reset);
+    let missing = json!({ "snapshot_path": "/dev/full/state", "mem_file_path": next.memory, "snapshot_type": "Diff" });
+    vm.refused_put("/snapshot/create", &missing);
+    vm.put("/snapshot/create", &next.create("Diff"));
     vm.resume();
     vm.shut_down();
 }

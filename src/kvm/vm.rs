@@ -105,10 +105,10 @@ impl Vm {
         Ok(Self { fd })
     }
 
-    /// A ring that holds the VM's file and can do nothing else: it is never enabled. The kernel takes a VM apart when the last
-    /// reference to its file goes, and waits out several grace periods for it (25 ms measured), which
-    /// otherwise whoever waits for this process waits out as well; a ring's references are given up on
-    /// a kernel thread.
+    /// A ring that holds the VM's file and can do nothing else: it is never enabled. The kernel takes a
+    /// VM apart when the last reference to its file goes, and waits out several grace periods for it (25 ms
+    /// measured), which otherwise whoever waits for this process waits out as well; a ring's references
+    /// are given up on a kernel thread.
     ///
     /// # Errors
     /// The host allows no rings.

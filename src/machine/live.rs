@@ -13,7 +13,7 @@ use super::Error;
 use super::lifecycle::{Parking, Purpose, Vmm, refuse};
 use super::running::Machine;
 use super::snapshot::SnapshotError;
-use super::snapshot::files::{Files, MemoryFile, check_targets, new_id, pages_of};
+use super::snapshot::files::{Files, MemoryFile, check_request, new_id, pages_of};
 use crate::config::SnapshotCreate;
 use crate::control::{Answer, Event, Refusal, Reply};
 use crate::metrics::METRICS;
@@ -38,11 +38,10 @@ impl Live {
     /// Begins it; from now on what is written is noted.
     fn new(machine: &mut Machine, request: SnapshotCreate) -> Result<Self, Error> {
         let file = MemoryFile::open(&request, machine)?;
-        // Should anything fail from here on, the record of written pages begins nowhere any more.
-        let has_base = std::mem::take(&mut machine.has_base);
+        let has_base = machine.begin_saving();
         let written = machine.take_written()?.ok_or(SnapshotError::NotTracked)?;
         let pages = pages_of(request.kind, Some(written).filter(|_| has_base));
-        file.begin(machine.ram.size())?;
+        file.begin(machine)?;
         let copy = Copy::new(&machine.ram, pages, file.file()).map_err(|source| file.error(source))?;
         Ok(Self { id: new_id()?, request, file, copy, parked: None })
     }
@@ -72,7 +71,7 @@ impl Vmm {
     /// Begins a snapshot of the running machine. Its reply comes when it is on disk.
     pub(super) fn begin_live(&mut self, request: SnapshotCreate, reply: oneshot::Sender<Answer>) {
         let Some(machine) = &mut self.machine else { return };
-        let live = check_targets(&request, machine, &self.config)
+        let live = check_request(&request, machine, &self.config)
             .map_err(Error::from)
             .and_then(|()| Live::new(machine, request));
         match live {
@@ -113,7 +112,7 @@ impl Vmm {
         }
         files.and_then(|files| files.publish(live.file)).map_err(refuse)?;
         if let Some(machine) = &mut self.machine {
-            machine.has_base = true;
+            machine.has_been_saved();
         }
         Ok(Reply::Done)
     }

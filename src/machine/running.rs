@@ -16,7 +16,7 @@ use super::{Error, chain};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::Windows;
 use crate::kvm::{Kvm, Vcpu, Vm, Wish};
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::sandbox::Confining;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::snapshot::memory::Pristine;
@@ -39,10 +39,10 @@ pub struct Machine {
     pub(super) handler_gone: Option<Arc<EventFd>>,
     /// There is a memory file that the record of written pages begins at.
     pub(super) has_base: bool,
-    /// A snapshot was made since the load.
-    pub(super) saved: bool,
-    /// The last of them had pages that a reset took back, and nobody noted which.
-    pub(super) rewound: bool,
+    /// A snapshot was begun since the load.
+    saved: bool,
+    /// A reset has taken pages back since.
+    rewound: bool,
     windows: Windows,
     /// Whether [`Self::provide`] has opened these three, as far as the host let it.
     provided: bool,
@@ -137,6 +137,29 @@ impl Machine {
             }
         }
         Ok(Some(written))
+    }
+
+    /// A snapshot begins. Returns whether the record of written pages, which it takes, begins at a memory file; should the
+    /// snapshot fail, the record begins nowhere any more.
+    pub fn begin_saving(&mut self) -> bool {
+        self.saved = true;
+        std::mem::take(&mut self.has_base)
+    }
+
+    /// It is complete: the next Diff begins here.
+    pub fn has_been_saved(&mut self) {
+        (self.has_base, self.rewound) = (true, false);
+    }
+
+    /// A reset has taken it back.
+    pub fn has_been_reset(&mut self) {
+        self.rewound = self.saved;
+    }
+
+    /// Whether a Diff would miss what a reset took back: there is no record of it, and no page differs for it from the
+    /// memory file that was loaded.
+    pub fn lacks_pages_for_a_diff(&self) -> bool {
+        self.rewound && !(self.has_base && memory::is_tracked(self.ram.memory()))
     }
 
     /// From now on the guest does without.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::error::SnapshotError;
-use self::files::{Files, MemoryFile, check_targets, new_id, pages_of};
+use self::files::{Files, MemoryFile, check_request, new_id, pages_of};
 use super::Error;
 use super::console::Console;
 use super::files::{Host, open_image};
@@ -31,7 +31,7 @@ use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{MemoryBackend, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset, VmConfig};
+use crate::config::{MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -161,25 +161,19 @@ impl Vmm {
     pub(super) fn create_snapshot(&mut self, request: &SnapshotCreate) -> Result<(), Error> {
         let (Some(machine), events) = (&mut self.machine, &self.events) else { return Ok(()) };
         machine.console.write_output(&machine.bus.serial, events);
-        check_targets(request, machine, &self.config)?;
-        if request.kind == SnapshotKind::Diff && machine.rewound {
-            return Err(SnapshotError::Rewound.into());
-        }
+        check_request(request, machine, &self.config)?;
         let id = new_id()?;
         let files = Files::draft(machine, &self.config, request, id)?;
         let memory = MemoryFile::open(request, machine)?;
-        memory.begin(machine.ram.size())?;
-        // Should it fail, the record of written pages that it takes begins nowhere any more.
-        let has_base = std::mem::take(&mut machine.has_base);
+        memory.begin(machine)?;
+        let has_base = machine.begin_saving();
         // Taken in any case: the next Diff begins here.
         let written = machine.take_written()?.filter(|_| has_base);
         let written =
             memory::write(&machine.ram, pages_of(request.kind, written), machine.pagemap()?, id, memory.file());
         written.map_err(|source| memory.error(source))?;
         files.publish(memory)?;
-        machine.has_base = true;
-        machine.saved = true;
-        machine.rewound &= request.kind == SnapshotKind::Diff;
+        machine.has_been_saved();
         Ok(())
     }
 
@@ -280,7 +274,7 @@ impl Vmm {
             self.doom = Some(Ending::doomed("the reset failed", &refusal));
             return Err(refusal);
         }
-        machine.rewound |= machine.saved && !machine.ram.is_tracked();
+        machine.has_been_reset();
         self.due.run = request.resume_vm.then_some(Event::Resumed);
         Ok(())
     }

@@ -23,7 +23,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Buffers, INTERRUPT_USED_BUFFER, Interrupt, Position, Violation};
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 
 const DESCRIPTOR_SIZE: u64 = 16;
 /// Bytes of the used ring without its elements, and of an element.
@@ -53,7 +53,7 @@ impl Ram {
             .iter()
             .map(|region| Region { start: region.start_addr().0, length: region.len(), host: region.as_ptr() })
             .collect();
-        let tracked = memory.iter().any(|region| region.bitmap().is_some());
+        let tracked = memory::is_tracked(&memory);
         Self { regions, memory, tracked }
     }
 

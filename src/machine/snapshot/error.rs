@@ -110,8 +110,8 @@ pub enum SnapshotError {
     WritableDrive(String),
     /// What the last snapshot had of them would stay in a file that it is merged into.
     #[error(
-        "a reset has taken pages back since the last snapshot, and without track_dirty_pages nobody noted which: make a \
-         Full, or say track_dirty_pages in the load"
+        "a reset has taken back what the last snapshot has, and there is no record of which pages: make a Full; with \
+         track_dirty_pages in the load there is a record"
     )]
     Rewound,
     /// Nobody knows what is written meanwhile.

@@ -104,10 +104,11 @@ impl MemoryFile {
     /// Has nobody take it for any snapshot's from here on, should it be left half merged.
     ///
     /// # Errors
-    /// It cannot be written.
-    pub fn begin(&self, size: u64) -> Result<(), SnapshotError> {
+    /// It cannot be written, or the machine's pages cannot be told.
+    pub fn begin(&self, machine: &Machine) -> Result<(), SnapshotError> {
+        machine.pagemap()?;
         let Place::Base(file) = &self.place else { return Ok(()) };
-        memory::mark(file, size, memory::NO_SNAPSHOT).map_err(|source| self.error(source))?;
+        memory::mark(file, machine.ram.size(), memory::NO_SNAPSHOT).map_err(|source| self.error(source))?;
         file.sync_data().map_err(|source| self.error(memory::Error::Io("write", source)))
     }
 
@@ -152,8 +153,11 @@ pub fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Er
     }
 }
 
-/// Refuses to write over what the running guest is made of, wherever `request` says.
-pub fn check_targets(request: &SnapshotCreate, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
+/// Refuses what would not be the guest, and to write over what the running guest is made of, wherever `request` says.
+pub fn check_request(request: &SnapshotCreate, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
+    if request.kind == SnapshotKind::Diff && machine.lacks_pages_for_a_diff() {
+        return Err(SnapshotError::Rewound);
+    }
     let layers = layers::paths(config, request);
     let mut targets = [&request.snapshot_path, &request.mem_file_path].into_iter().chain(&layers);
     targets.try_for_each(|path| check_unused(path, machine, config))

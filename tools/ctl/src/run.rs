@@ -165,8 +165,11 @@ impl Run {
             // Refused requests are explained by their replies; where there was none, the log may tell.
             (Err(refused @ ClientError::Refused { .. }), ..) => match warm {
                 Some(warm) => {
-                    warm.discard()?;
-                    return Err(format!("{refused}; that snapshot is removed, and the next run makes another").into());
+                    let then = match warm.discard() {
+                        Ok(()) => "that snapshot is removed, and the next run makes another".to_owned(),
+                        Err(error) => format!("that snapshot cannot be removed: {error}"),
+                    };
+                    return Err(format!("{refused}; {then}").into());
                 }
                 None => return Err(refused.into()),
             },

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::fs::{self, File, Permissions};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -117,8 +117,12 @@ impl Guest<'_> {
             }
         }
         hash.update(fs::read("/proc/sys/kernel/osrelease")?);
-        let processor = fs::read_to_string("/proc/cpuinfo")?;
-        for line in processor.lines().take_while(|line| !line.is_empty()) {
+        // The first processor's: to tell of all takes a large host long.
+        for line in BufReader::new(File::open("/proc/cpuinfo")?).lines() {
+            let line = line?;
+            if line.is_empty() {
+                break;
+            }
             if line.starts_with("model name") || line.starts_with("flags") {
                 hash.update(line);
             }

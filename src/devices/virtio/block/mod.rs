@@ -316,7 +316,9 @@ impl Block {
             return Ok(None);
         }
         self.requests.claim(token);
-        self.requests.slots[usize::from(token)].start(&self.disk);
+        if matches!(step, Step::Operate) {
+            self.requests.slots[usize::from(token)].start(&self.disk);
+        }
         self.proceed(token, step);
         Ok(Some(weight))
     }

@@ -40,10 +40,14 @@ fn content(file: &File) -> Vec<u8> {
 }
 
 fn try_new(engine: IoEngine, base: &File, overlay: OverlayFiles) -> Result<Drive, Error> {
+    configured(&drive(engine), base, overlay)
+}
+
+fn configured(config: &DriveConfig, base: &File, overlay: OverlayFiles) -> Result<Drive, Error> {
     // As it is opened for a drive with an overlay.
     let file = File::open(format!("/proc/self/fd/{}", base.as_raw_fd())).unwrap();
     let metrics = Arc::new(metrics::Block::default());
-    let block = Block::new(&drive(engine), Backend { file, overlay: Some(overlay) }, Arc::clone(&metrics))?;
+    let block = Block::new(config, Backend { file, overlay: Some(overlay) }, Arc::clone(&metrics))?;
     Ok(Drive { file: base.try_clone().unwrap(), metrics, guest: Guest::booted(Device::Block(Box::new(block))) })
 }
 
@@ -282,6 +286,20 @@ fn a_guest_that_flushes_many_times_at_once_multiplies_nothing() {
         assert_eq!(drive.guest.get(STATUS, 1), [OK]);
         drop(drive);
         assert!(read(&new(engine, &base, lasting(&path)), 5, 512) == [5; 512]);
+    }
+}
+
+/// A drive that announces nothing answers every one.
+#[test]
+fn a_guest_that_flushes_though_it_was_not_offered_is_refused_each_time() {
+    for engine in engines() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = DriveConfig { cache_type: CacheType::Unsafe, ..drive(engine) };
+        let drive = configured(&config, &base(), lasting(&directory.path().join("layer"))).unwrap();
+        assert_eq!(write(&drive, 5, &[5; 512]), OK);
+        for _ in 0..3 {
+            assert_eq!(drive.request(FLUSH, 0, &[]), (UNSUPP, 1));
+        }
     }
 }
 
