@@ -62,31 +62,45 @@ pub enum Error {
 pub struct Grants(Vec<(PathBuf, BitFlags<AccessFs>)>);
 
 impl Grants {
+    /// A rule costs the kernel a walk to its path, so there is one for each, however often it is named.
+    fn add(&mut self, path: &Path, access: impl Into<BitFlags<AccessFs>>) {
+        match self.0.iter_mut().find(|(known, _)| known == path) {
+            Some((_, granted)) => *granted |= access.into(),
+            None => self.0.push((path.to_owned(), access.into())),
+        }
+    }
+
+    fn extend(&mut self, others: &Self) {
+        for (path, access) in &others.0 {
+            self.add(path, *access);
+        }
+    }
+
     /// Files at or below `path` may be read.
     pub fn read(&mut self, path: &Path) {
-        self.0.push((path.to_owned(), AccessFs::ReadFile | AccessFs::ReadDir));
+        self.add(path, AccessFs::ReadFile | AccessFs::ReadDir);
     }
 
     /// Files at or below `path` may be read, written, made and removed, sockets too.
     pub fn write(&mut self, path: &Path) {
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         let write = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile;
-        self.0.push((path.to_owned(), read | write | AccessFs::MakeSock | AccessFs::ResolveUnix));
+        self.add(path, read | write | AccessFs::MakeSock | AccessFs::ResolveUnix);
     }
 
     /// The device at `path` may be opened and controlled.
     pub fn device(&mut self, path: &Path) {
-        self.0.push((path.to_owned(), AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev));
+        self.add(path, AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev);
     }
 
     /// Sockets in the directory of `socket` may be connected to, and removed.
     pub fn socket(&mut self, socket: &Path) {
-        self.0.push((directory(socket), AccessFs::RemoveFile | AccessFs::ResolveUnix));
+        self.add(&directory(socket), AccessFs::RemoveFile | AccessFs::ResolveUnix);
     }
 
     /// Files in the directory of `file` may be removed.
     pub fn removal(&mut self, file: &Path) {
-        self.0.push((directory(file), AccessFs::RemoveFile.into()));
+        self.add(&directory(file), AccessFs::RemoveFile);
     }
 
     /// What may be done in the directory of `file` is what may be done with the file.
@@ -157,7 +171,7 @@ impl Landlock {
         if !self.allowed.0.is_empty() {
             files = every_right();
             grants = self.allowed.clone();
-            grants.0.extend_from_slice(&needed.0);
+            grants.extend(needed);
             for device in ["/dev/kvm", "/dev/net/tun", "/dev/userfaultfd"] {
                 grants.device(Path::new(device));
             }
@@ -186,7 +200,7 @@ impl Landlock {
     /// The kernel refuses it.
     pub fn confine_vmm(&self, grants: &Grants) -> Result<(), Error> {
         let mut all = self.allowed.clone();
-        all.0.extend_from_slice(&grants.0);
+        all.extend(grants);
         restrict(Ruleset::default().handle_access(every_right())?, &all, None)?;
         PATHS_RESTRICTED.store(true, Ordering::Relaxed);
         Ok(())

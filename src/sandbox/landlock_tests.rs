@@ -92,6 +92,23 @@ fn the_vmm_thread_keeps_the_directories_of_what_was_configured() {
 }
 
 #[test]
+fn a_path_that_is_granted_twice_takes_one_rule_with_both_rights() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    confined(move || {
+        fs::write(&file, "x").unwrap();
+        let mut grants = Grants::default();
+        grants.siblings(&file, false);
+        grants.removal(&file);
+        assert_eq!(grants.0.len(), 1);
+        landlock(&[]).confine_vmm(&grants).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"x");
+        fs::remove_file(&file).unwrap();
+        drop(dir);
+    });
+}
+
+#[test]
 fn with_allowed_paths_the_rest_is_gone_from_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
