@@ -341,17 +341,27 @@ fn no_vmm_is_executed_whose_process_id_could_not_be_written_down() {
     }
 }
 
-/// Its launcher sees only the first of three processes.
+/// Its launcher sees only the first of up to three processes.
 #[test]
 fn a_daemon_that_did_not_come_about_is_a_failure() {
-    let jail = Jail::new();
-    let mut command = jail.command();
-    command.args(["--new-pid-ns", "--daemonize", "--", "--version"]);
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=setsid:error=EPERM"]).arg(command.get_program());
-    let output = strace.args(command.get_args()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.code() == Some(1) && said.contains("begin a session"), "{output:?}");
+    let (daemon, first, both) = (&["--daemonize"][..], &["--new-pid-ns"][..], &["--daemonize", "--new-pid-ns"][..]);
+    for (arguments, tampering, reason) in [
+        (both, "setsid:error=EPERM", "begin a session"),
+        (daemon, "setsid:signal=KILL", "signal 9 "),
+        (daemon, "capset:signal=SYS", "signal 31 "),
+        (daemon, "execveat:signal=KILL", "signal 9 "),
+        (first, "execveat:signal=KILL", "signal 9 "),
+        (both, "execveat:signal=KILL", "signal 9 "),
+    ] {
+        let jail = Jail::new();
+        let mut command = jail.command();
+        command.args(arguments).args(["--", "--version"]);
+        let (mut strace, inject) = (Command::new("strace"), format!("inject={tampering}"));
+        strace.args(["-f", "-qq", "-o", "/dev/null", "-e", &inject]).arg(command.get_program());
+        let output = strace.args(command.get_args()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(reason), "{arguments:?}, {tampering}: {output:?}");
+    }
 }
 
 /// The fields of /proc/PID/status.

@@ -114,7 +114,7 @@ fn run(mut arguments: Arguments, started: Started) -> Result<Infallible, Error> 
     let started = if to_parent.is_some() { started.in_child(before) } else { started };
     let error = become_vmm(&arguments, &program, &directory, null.as_ref(), started);
     let Some(to_parent) = to_parent else { return Err(error) };
-    process::report(&to_parent, Err(error));
+    process::report(to_parent, &error);
     std::process::exit(FAILURE);
 }
 

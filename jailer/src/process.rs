@@ -11,8 +11,8 @@ use landlock::{Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, Ru
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, chroot, fchdir, getpid, getsid, kill_process, pivot_root, setrlimit,
-    setsid, waitpid,
+    Pid, Resource, Rlimit, Signal, WaitOptions, chroot, fchdir, getpid, getsid, kill_process, pivot_root, setpgid,
+    setrlimit, setsid, waitpid,
 };
 use rustix::thread::{CapabilitySet, CapabilitySets, CoreSchedulingScope, Gid, LinkNameSpaceType, Uid, UnshareFlags};
 
@@ -168,46 +168,45 @@ fn restrict(tree: &OwnedFd) -> Result<(), Error> {
 }
 
 /// Forks as it is asked for. Returns in the process that is to become the VMM, with the end of a pipe that it has to
-/// report a failure to. The process that was started waits for that report and ends; `born` is told the process id in
-/// the namespace that this was started in, and if it fails there will be no VMM.
+/// report a failure to. Its parent waits for that report or for the VMM to be executed, and ends; above a daemon's parent
+/// there is the process that was started, which ends as that one does. `born` is told the process id in the namespace that
+/// this was started in, and if it fails there will be no VMM.
 ///
 /// # Errors
-/// There are no resources for another process, or `born` fails.
+/// There are no resources for another process, or `born` fails, or there is no VMM for any other reason.
 pub fn fork(arguments: &Arguments, born: impl Fn(Pid) -> Result<(), Error>) -> Result<Option<OwnedFd>, Error> {
     if !arguments.daemonize && !arguments.new_pid_ns {
         born(getpid())?;
         return Ok(None);
     }
+    // A launcher may have it ignored, and nobody would hear how a child ends.
+    // SAFETY: there is no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     let leader = getsid(None).is_ok_and(|session| session == getpid());
-    let (reader, writer) = pipe()?;
-    if arguments.daemonize && fork_once()?.is_some() {
+    if arguments.daemonize {
+        if let Some(child) = fork_once()? {
+            std::process::exit(await_end(child)?);
+        }
+        // The VMM will not be the leader of this session: a daemon never gets a terminal again.
+        setsid().failed(|| "begin a session")?;
+    }
+    if arguments.new_pid_ns {
+        unshare(UnshareFlags::NEWPID, "make a PID namespace")?;
+    }
+    let ((reader, writer), (told, go)) = (pipe()?, pipe()?);
+    if let Some(child) = fork_once()? {
         drop(writer);
-        await_report(reader);
-    }
-    let begun = begin(arguments);
-    if arguments.daemonize && begun.is_err() {
-        report(&writer, begun.map(drop));
-        std::process::exit(1);
-    }
-    let (child, told, go) = begun?;
-    if let Some(child) = child {
         let known = born(child).and_then(|()| rustix::io::write(&go, &[0]).map(drop).failed(|| "let the VMM begin"));
         if known.is_err() {
             end(child);
         }
-        if arguments.daemonize {
-            report(&writer, known);
-            std::process::exit(0);
-        }
         known?;
-        drop(writer);
-        await_report(reader);
+        std::process::exit(await_execution(reader, child)?);
     }
     // A VMM that nobody knows of would be one that nobody ends.
     drop(go);
     if fs::File::from(told).read_exact(&mut [0]).is_err() {
-        report(&writer, Err(Error::Refused("the jailer ended before the VMM could begin".into())));
-        std::process::exit(1);
+        return Err(Error::Refused("the jailer ended before the VMM could begin".into()));
     }
     // When the leader of a session ends, all of the session get SIGHUP.
     if leader && !arguments.daemonize {
@@ -218,19 +217,6 @@ pub fn fork(arguments: &Arguments, born: impl Fn(Pid) -> Result<(), Error>) -> R
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).failed(|| "make a pipe")
-}
-
-/// Makes the process that is to become the VMM: not the leader of its session, a daemon never gets a terminal again.
-/// Returns as [`fork_once`], and a pipe that lets the child go on.
-fn begin(arguments: &Arguments) -> Result<(Option<Pid>, OwnedFd, OwnedFd), Error> {
-    if arguments.daemonize {
-        setsid().failed(|| "begin a session")?;
-    }
-    if arguments.new_pid_ns {
-        unshare(UnshareFlags::NEWPID, "make a PID namespace")?;
-    }
-    let (told, go) = pipe()?;
-    Ok((fork_once()?, told, go))
 }
 
 /// The child's process id in the parent, `None` in the child.
@@ -248,24 +234,29 @@ fn end(child: Pid) {
     let _ = waitpid(Some(child), WaitOptions::empty());
 }
 
-/// Waits until the VMM runs (the pipe is closed by its execution) or until somebody reports a failure, and ends.
-fn await_report(reader: OwnedFd) -> ! {
-    let mut text = String::new();
-    let _ = fs::File::from(reader).read_to_string(&mut text);
-    if text.is_empty() {
-        std::process::exit(0);
-    }
-    eprint!("{text}");
-    std::process::exit(1);
+/// The exit status of a child, which has said itself what was wrong.
+fn await_end(child: Pid) -> Result<i32, Error> {
+    let ended = waitpid(Some(child), WaitOptions::empty()).failed(|| "wait for a process of the jailer")?;
+    let (exit, signal) = ended.map(|(_, ended)| (ended.exit_status(), ended.terminating_signal())).unwrap_or_default();
+    exit.ok_or_else(|| Error::Refused(format!("signal {} ended a process of the jailer", signal.unwrap_or_default())))
 }
 
-/// Tells the process that was started that something failed, if so.
-pub fn report(writer: &OwnedFd, result: Result<(), Error>) {
-    if let Err(error) = result
-        && let Ok(writer) = writer.try_clone()
-    {
-        let _ = writeln!(fs::File::from(writer), "vesicle-jailer: {error}");
+/// Waits until the child is the VMM, or reports a failure, or ends without a word: each closes the pipe. Returns the exit
+/// status that comes of it.
+fn await_execution(reader: OwnedFd, child: Pid) -> Result<i32, Error> {
+    let mut text = String::new();
+    let _ = fs::File::from(reader).read_to_string(&mut text);
+    if !text.is_empty() {
+        return Err(Error::Refused(text));
     }
+    // The group of a child that has executed something cannot be changed, dead or alive. Nor can that of one that leads a
+    // session, as a child without --daemonize may: it is taken for the VMM.
+    if setpgid(Some(child), None).is_ok() { await_end(child) } else { Ok(0) }
+}
+
+/// Tells the process that waits for the VMM why there is none.
+pub fn report(writer: OwnedFd, error: &Error) {
+    let _ = write!(fs::File::from(writer), "{error}");
 }
 
 /// Makes the standard streams `/dev/null`, opened while there was one.
