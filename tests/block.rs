@@ -226,6 +226,37 @@ fn a_drive_gets_another_file_and_the_guest_sees_its_size_and_content() {
 }
 
 #[test]
+fn a_patch_of_which_one_part_is_bad_changes_nothing_of_the_drive() {
+    let images = Images::new();
+    let (first, second) = (images.pattern("first", 8, 7), images.pattern("second", 12, 8));
+    let mut vm = Guest::tuned().drive("data", &first, json!({ "is_read_only": true })).boot();
+    let sees = |vm: &mut MicroVm| {
+        let sum = vm.ok("dd if=/dev/vda iflag=direct bs=1M count=1 2>/dev/null | sha256sum");
+        (vm.get("/vm/config"), vm.ok("blockdev --getsize64 /dev/vda"), sum)
+    };
+    let before = sees(&mut vm);
+    let slow = || json!({ "ops": { "size": 16, "refill_time": 400 } });
+    let patch = |path: &Path, limit| json!({ "drive_id": "data", "path_on_host": path, "rate_limiter": limit });
+    for (bad, reason) in [
+        (patch(&images.path("nothing"), slow()), "path_on_host"),
+        (patch(images.0.path(), slow()), "path_on_host"),
+        (patch(&second, json!({ "ops": { "size": 16 } })), "refill_time"),
+        (patch(&second, json!({ "bandwidth": { "size": -1, "refill_time": 400 } })), "-1"),
+        (patch(&second, json!({ "ops": { "size": 16, "refill_time": 400 }, "more": 1 })), "more"),
+    ] {
+        let reply = vm.api().patch("/drives/data", &bad).unwrap();
+        assert!(reply.status == 400 && reply.fault().contains(reason), "{bad}: {}", reply.body);
+        assert_eq!(sees(&mut vm), before, "{bad}");
+        assert_eq!(read(&mut vm).1, 0, "{bad}: nothing is limited");
+    }
+    vm.patch("/drives/data", &patch(&second, slow()));
+    vm.ok(&format!("until [ $(blockdev --getsize64 /dev/vda) = {} ]; do usleep 10000; done", 12 * MIB));
+    assert_ne!(sees(&mut vm).2, before.2);
+    assert_ne!(read(&mut vm).1, 0, "both parts hold");
+    vm.shut_down();
+}
+
+#[test]
 fn a_read_only_drive_cannot_be_written_by_the_guest() {
     let images = Images::new();
     let (image, copy) = (images.pattern("image", 8, 6), images.path("copy"));
