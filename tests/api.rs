@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -42,7 +42,10 @@ impl Process {
     }
 
     fn start_in(dir: TempDir, arguments: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        Self::spawn(dir, Command::new(env!("CARGO_BIN_EXE_vesicle")), arguments)
+    }
+
+    fn spawn(dir: TempDir, mut command: Command, arguments: &[&str]) -> Self {
         command.arg("--api-sock").arg(dir.path().join("api.sock")).args(arguments);
         let log = File::create(dir.path().join("log")).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
@@ -292,6 +295,21 @@ fn a_stale_socket_is_replaced_a_live_one_refused_and_ours_removed_at_the_end() {
     process.signal("-INT");
     assert_eq!(process.end().code(), Some(0));
     assert!(!path.exists());
+}
+
+/// Who sees the path connects, and is never refused: here the process takes half a second to listen.
+#[test]
+fn the_socket_is_there_when_it_listens_and_not_before() {
+    let mut slowly = Command::new("strace");
+    slowly.args(["-D", "-qq", "-o", "/dev/null", "-e", "trace=listen", "-e", "inject=listen:delay_enter=500000"]);
+    slowly.arg(env!("CARGO_BIN_EXE_vesicle"));
+    let (begin, process) = (Instant::now(), Process::spawn(tempfile::tempdir().unwrap(), slowly, &[]));
+    until("the path", || match UnixStream::connect(process.socket()) {
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        connected => Some(connected.unwrap()),
+    });
+    assert!(begin.elapsed() >= Duration::from_millis(500), "nothing was slowed down");
+    assert_eq!(get(&process.socket(), "/")["state"], "Not started");
 }
 
 /// What a process may still do once its guest runs does not include much; this it has to.
