@@ -28,9 +28,11 @@ impl Random {
     }
 }
 
+/// What comes before the body of a state file.
+const HEADER: usize = 44;
+
 /// A state file some of whose body was changed by somebody who knows about the checksum.
 fn forge(state: &[u8], random: &mut Random) -> Vec<u8> {
-    const HEADER: usize = 44;
     let mut forged = state.to_vec();
     for _ in 0..=random.below(4) {
         let at = HEADER + random.below(forged.len() - HEADER);
@@ -41,13 +43,18 @@ fn forge(state: &[u8], random: &mut Random) -> Vec<u8> {
             _ => forged.insert(at, random.below(256) as u8),
         }
     }
+    seal(&mut forged);
+    forged
+}
+
+/// Makes length and checksum right again.
+fn seal(forged: &mut [u8]) {
     let length = (forged.len() - HEADER) as u64;
     forged[32..40].copy_from_slice(&length.to_le_bytes());
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(&forged[..40]);
     hasher.update(&forged[HEADER..]);
     forged[40..44].copy_from_slice(&hasher.finalize().to_le_bytes());
-    forged
 }
 
 fn times(name: &str, default: u32) -> u32 {
@@ -79,6 +86,31 @@ fn a_forged_state_file_is_refused_or_loaded_but_ends_nothing_in_a_panic() {
         let expected = if reply.status == 204 { 0 } else { 1 };
         assert_eq!(vm.wait_exit().code(), Some(expected), "{number}: {}", vm.log());
         assert!(!vm.log().contains("panicked"), "{number}: {}", vm.log());
+    }
+}
+
+#[test]
+fn a_snapshot_of_another_cpu_or_with_the_state_of_another_device_is_refused_and_says_so() {
+    let mut vm = Guest::tuned().argument("--allow-path=/").boot();
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let content = fs::read(&snapshot.state).unwrap();
+    let (_, state) = read_state(&snapshot.state).unwrap();
+    // The body begins with the maker of the CPU; it ends with the last device, which begins with its kind.
+    let drive = postcard::to_allocvec(state.devices().last().unwrap()).unwrap();
+    assert!(content.ends_with(&drive));
+    for (at, to, says) in [
+        (HEADER, content[HEADER] ^ 1, "from a host whose CPU is of another maker"),
+        (content.len() - drive.len(), 1, "virtio device 0 does not fit: it is of device kind 1, not 2"),
+    ] {
+        let mut forged = content.clone();
+        forged[at] = to;
+        seal(&mut forged);
+        fs::write(&snapshot.state, forged).unwrap();
+        vm = vm.successor();
+        let refusal = vm.refused_put("/snapshot/load", &snapshot.load());
+        assert!(refusal.contains(says), "{refusal}");
+        assert_eq!(vm.wait_exit().code(), Some(1));
     }
 }
 
