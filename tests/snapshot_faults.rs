@@ -243,3 +243,58 @@ fn a_diff_that_is_half_merged_is_no_snapshot_until_it_is_merged_whole() {
     vm.shut_down();
     host(&format!("umount {}", small.path().display()));
 }
+
+/// Whatever was saved, taken back and not completed before it.
+#[test]
+fn a_diff_after_a_reset_and_a_full_disk_is_whole_or_refused() {
+    // What is mounted later is in no jail.
+    let mut vm = Guest::tuned().mode(Mode::Plain).argument("--allow-path=/").boot();
+    let origin = Snapshot::of(&vm);
+    let small = tempfile::tempdir().unwrap();
+    host(&format!("mount -t tmpfs -o size=1m none {}", small.path().display()));
+    let lost = Snapshot { state: small.path().join("state"), memory: small.path().join("memory"), ..Snapshot::new() };
+    for (tracked, steps, whole) in [
+        (true, &["save", "reset"][..], true),
+        (true, &["reset", "fail"], true),
+        (false, &["reset", "fail"], true),
+        (true, &["save", "reset", "fail"], false),
+        (true, &["save", "fail", "reset"], false),
+    ] {
+        vm.kill();
+        vm = vm.successor_with(&["--allow-path=/"]);
+        let mut load = origin.load();
+        load["track_dirty_pages"] = json!(tracked);
+        vm.put("/snapshot/load", &load);
+        let (saved, diff, full, merged) = (Snapshot::new(), Snapshot::new(), Snapshot::new(), Snapshot::new());
+        let mut base = &origin.memory;
+        for step in steps {
+            // More than a reset copies back.
+            vm.ok("dd if=/dev/urandom of=/run/much bs=1M count=4 2>/dev/null");
+            vm.pause();
+            match *step {
+                "reset" => vm.put("/snapshot/reset", &json!({ "keep_drive_writes": true, "resume_vm": false })),
+                "save" => {
+                    vm.put("/snapshot/create", &saved.create("Full"));
+                    base = &saved.memory;
+                }
+                _ => assert!(vm.refused_put("/snapshot/create", &lost.create("Diff")).contains("No space left")),
+            }
+            vm.resume();
+        }
+        vm.ok("echo more >/run/more");
+        vm.pause();
+        let reply = vm.api().put("/snapshot/create", &diff.create("Diff")).unwrap();
+        assert_eq!(reply.status, if whole { 204 } else { 400 }, "{tracked} {steps:?}: {}", reply.body);
+        if whole {
+            vm.put("/snapshot/create", &full.create("Full"));
+            told(&["merge", &format!("--output={}", merged.memory.display())], &[base, &diff.memory]);
+            let [full, merged] = [&full, &merged].map(|snapshot| fs::read(&snapshot.memory).unwrap());
+            // All but the ids at their ends.
+            assert!(full.len() == merged.len() && full[..64 << 20] == merged[..64 << 20], "{tracked} {steps:?}");
+        } else {
+            assert!(reply.fault().contains("make a Full"), "{tracked} {steps:?}: {}", reply.body);
+        }
+    }
+    vm.kill();
+    host(&format!("umount {}", small.path().display()));
+}
