@@ -42,6 +42,22 @@ fn a_guest_goes_on_in_another_process() {
     }
 }
 
+#[test]
+fn a_guest_with_8_vcpus_goes_on_with_all_of_them() {
+    let works = |vm: &mut MicroVm| {
+        assert_eq!(vm.ok("nproc"), "8");
+        vm.ok("for cpu in 0 1 2 3 4 5 6 7; do taskset $((1 << cpu)) sleep 0.1 || exit; done");
+    };
+    let mut vm = tuned().vcpus(8).boot();
+    works(&mut vm);
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &snapshot.load());
+    works(&mut vm);
+    vm.shut_down();
+}
+
 /// The guest's monotonic clock in seconds.
 fn uptime(vm: &mut MicroVm) -> f64 {
     vm.ok("read seconds rest </proc/uptime; echo $seconds").parse().unwrap()
