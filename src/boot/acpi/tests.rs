@@ -75,8 +75,7 @@ fn the_compiler_reads_what_was_meant() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("dsdt.aml"), dsdt).unwrap();
     let Ok(iasl) = Command::new("iasl").args(["-d", "dsdt.aml"]).current_dir(&dir).output() else {
-        eprintln!("iasl is not installed, only checksums were tested");
-        return;
+        return eprintln!("SKIPPED: iasl is not installed");
     };
     assert!(iasl.status.success(), "{}", String::from_utf8_lossy(&iasl.stderr));
     let source = std::fs::read_to_string(dir.path().join("dsdt.dsl")).unwrap();
