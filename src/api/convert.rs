@@ -151,7 +151,7 @@ impl TryFrom<types::Drive> for config::DriveConfig {
     type Error = ConfigError;
 
     fn try_from(body: types::Drive) -> Result<Self, ConfigError> {
-        if body.socket.present {
+        if body.socket.is_some() {
             return Err(ConfigError::Unavailable("socket: vhost-user drives are not supported; use path_on_host"));
         }
         Self {
@@ -188,7 +188,7 @@ impl From<&config::DriveConfig> for types::Drive {
             io_engine: Some(drive.io_engine.into()),
             rate_limiter: limiter(drive.rate_limiter),
             discard: drive.discard.then_some(true),
-            socket: types::Unavailable::default(),
+            socket: None,
             overlay: drive.overlay.as_ref().map(|over| types::Overlay { layer_path: over.layer_path.clone() }),
         }
     }

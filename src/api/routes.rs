@@ -368,10 +368,10 @@ pub fn config_commands(json: &[u8]) -> Result<Vec<Command>, ApiError> {
 fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     let file: types::FullVmConfiguration = parse(json)?;
     for (present, reason) in [
-        (file.balloon.present, "balloon is outside the scope of this VMM; leave it out"),
-        (file.entropy.present, "entropy is outside the scope of this VMM; leave it out"),
-        (file.pmem.present, "pmem is outside the scope of this VMM; leave it out"),
-        (file.memory_hotplug.present, "memory-hotplug is outside the scope of this VMM; leave it out"),
+        (file.balloon.is_some(), "balloon is outside the scope of this VMM; leave it out"),
+        (file.entropy.is_some(), "entropy is outside the scope of this VMM; leave it out"),
+        (!file.pmem.is_empty(), "pmem is outside the scope of this VMM; leave it out"),
+        (file.memory_hotplug.is_some(), "memory-hotplug is outside the scope of this VMM; leave it out"),
     ] {
         if present {
             return Err(ConfigError::Unavailable(reason).into());

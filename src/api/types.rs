@@ -11,9 +11,8 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
-use serde::ser::{SerializeSeq, Serializer};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use cpu::{CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier, MsrModifier};
 pub use logger::{LogLevel, Logger};
@@ -218,8 +217,7 @@ pub struct Drive {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discard: Option<bool>,
     /// Outside the scope: a vhost-user backend. Only null is accepted.
-    #[serde(default)]
-    pub socket: Unavailable,
+    pub socket: Option<Value>,
     /// Writes go to a layer instead of the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
@@ -407,13 +405,13 @@ pub struct FullVmConfiguration {
     /// PUT /mmds/config.
     pub mmds_config: Option<MmdsConfig>,
     /// Outside the scope.
-    pub balloon: Unavailable,
+    pub balloon: Option<Value>,
     /// Outside the scope.
-    pub entropy: Unavailable,
+    pub entropy: Option<Value>,
     /// Outside the scope.
-    pub pmem: UnavailableList,
+    pub pmem: Vec<Value>,
     /// Outside the scope.
-    pub memory_hotplug: Unavailable,
+    pub memory_hotplug: Option<Value>,
 }
 
 /// The data of a GET /events message.
@@ -439,47 +437,4 @@ pub enum EventState {
     Paused,
     /// The end.
     Exited,
-}
-
-/// A field that is known but cannot be used: null, or something (which is not looked at).
-pub type Unavailable = Placeholder<false>;
-/// The same where the empty value is an empty list.
-pub type UnavailableList = Placeholder<true>;
-
-/// See [`Unavailable`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Placeholder<const LIST: bool> {
-    /// There is a value other than null and the empty list.
-    pub present: bool,
-}
-
-impl<const LIST: bool> Serialize for Placeholder<LIST> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        if LIST { serializer.serialize_seq(Some(0))?.end() } else { serializer.serialize_none() }
-    }
-}
-
-impl<'de, const LIST: bool> Deserialize<'de> for Placeholder<LIST> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        /// Reads a list, which may be empty; the rest is left to [`IgnoredAny`].
-        struct IsPresent;
-        impl<'de> Visitor<'de> for IsPresent {
-            type Value = bool;
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("a list")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<bool, A::Error> {
-                let mut present = false;
-                while list.next_element::<IgnoredAny>()?.is_some() {
-                    present = true;
-                }
-                Ok(present)
-            }
-        }
-        let present = match LIST {
-            true => deserializer.deserialize_seq(IsPresent)?,
-            false => Option::<IgnoredAny>::deserialize(deserializer)?.is_some(),
-        };
-        Ok(Self { present })
-    }
 }
