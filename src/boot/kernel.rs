@@ -132,15 +132,6 @@ pub enum Entry {
     },
 }
 
-/// The container of a kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// `vmlinux`, or any other ELF executable.
-    Elf,
-    /// Compressed, with a setup header.
-    BzImage,
-}
-
 /// A piece of a kernel: `file_size` bytes at `offset` go to `gpa`, zeroes follow up to `size`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Segment {
@@ -153,8 +144,6 @@ struct Segment {
 /// What a kernel image says about itself, checked.
 #[derive(Debug, Clone)]
 pub struct KernelInfo {
-    /// Its container.
-    pub format: Format,
     /// The 64-bit entry point, if it lies within what is loaded.
     pub linux64: Option<u64>,
     /// The PVH entry point, if there is one within what is loaded.
@@ -243,7 +232,7 @@ pub fn load(ram: &GuestRam, images: &Images<'_>) -> Result<Loaded, Error> {
 
 impl KernelInfo {
     /// Checks the segments against the file and each other.
-    fn new(format: Format, mut segments: Vec<Segment>, file_len: u64) -> Result<Self, Error> {
+    fn new(mut segments: Vec<Segment>, file_len: u64) -> Result<Self, Error> {
         segments.retain(|s| s.size > 0);
         segments.sort_unstable_by_key(|s| s.gpa);
         let mut end = HIGH_MEMORY;
@@ -264,7 +253,7 @@ impl KernelInfo {
             }
             end = segment_end;
         }
-        Ok(Self { format, linux64: None, pvh: None, is_linux: false, end, setup_header: None, segments })
+        Ok(Self { linux64: None, pvh: None, is_linux: false, end, setup_header: None, segments })
     }
 
     fn loads(&self, gpa: u64) -> bool {

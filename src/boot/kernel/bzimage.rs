@@ -5,7 +5,7 @@ use std::fs::File;
 use linux_loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
-use super::{Error, Format, KernelInfo, Segment, read_at};
+use super::{Error, KernelInfo, Segment, read_at};
 
 /// Offset of `struct setup_header` in the file.
 const SETUP_HEADER: u64 = 0x1f1;
@@ -44,7 +44,7 @@ pub(super) fn inspect(kernel: &File, file_len: u64) -> Result<KernelInfo, Error>
     }
     let size = u64::from(header.init_size);
     let segment = Segment { gpa: header.pref_address, size, offset, file_size };
-    let mut info = KernelInfo::new(Format::BzImage, vec![segment], file_len)?;
+    let mut info = KernelInfo::new(vec![segment], file_len)?;
     info.linux64 = header.pref_address.checked_add(ENTRY_64).filter(|&entry| info.loads(entry));
     info.is_linux = true;
     info.setup_header = Some(header);

@@ -8,7 +8,7 @@ use linux_loader::elf::{
 };
 use vm_memory::ByteValued;
 
-use super::{Error, Format, KernelInfo, Segment, read_at};
+use super::{Error, KernelInfo, Segment, read_at};
 
 /// More program headers than any kernel has.
 const MAX_PROGRAM_HEADERS: u16 = 128;
@@ -44,7 +44,7 @@ pub(super) fn inspect(kernel: &File, file_len: u64) -> Result<KernelInfo, Error>
             _ => {}
         }
     }
-    let mut info = KernelInfo::new(Format::Elf, segments, file_len)?;
+    let mut info = KernelInfo::new(segments, file_len)?;
     info.linux64 = Some(header.e_entry).filter(|&entry| info.loads(entry));
     info.pvh = notes.pvh.filter(|&entry| info.loads(entry.into()));
     info.is_linux = notes.linux;

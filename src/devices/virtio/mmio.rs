@@ -27,7 +27,7 @@ use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Kind, Line, Progress, Source, StateError, Violation,
+    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Line, Progress, Source, StateError, Violation,
     VirtioDevice, VirtioState, Virtqueue, Window,
 };
 use crate::memory::GuestMemory;
@@ -51,7 +51,6 @@ pub struct VirtioMmio {
     interrupt: Arc<Interrupt>,
     window: Window,
     kick: EventFd,
-    kind: Kind,
 }
 
 impl VirtioMmio {
@@ -62,24 +61,7 @@ impl VirtioMmio {
         let interrupt = Arc::new(Interrupt::new(line, window.clone()));
         let transport = Transport::new(device, memory, Arc::clone(&interrupt), window.clone());
         transport.publish_all();
-        Self {
-            kind: transport.device.kind(),
-            kick,
-            transport: Mutex::new(transport),
-            reset_done: Condvar::new(),
-            interrupt,
-            window,
-        }
-    }
-
-    /// What the device is.
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    /// The device's interrupt.
-    pub fn interrupt(&self) -> &Arc<Interrupt> {
-        &self.interrupt
+        Self { kick, transport: Mutex::new(transport), reset_done: Condvar::new(), interrupt, window }
     }
 
     /// Offset of InterruptACK in the register region. Nothing is lost if a write of
