@@ -38,8 +38,6 @@ const VERSION: u32 = 2;
 /// "VSCL": nobody assigns virtio-mmio vendor ids.
 const VENDOR: u32 = u32::from_le_bytes(*b"VSCL");
 const CONFIG_SPACE: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
-/// Bytes of the longest configuration space, and more.
-const CONFIG_SPACE_SIZE: usize = 128;
 
 /// What every device offers besides its own features.
 const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -283,9 +281,7 @@ impl Transport {
     }
 
     fn publish_config(&self) {
-        let mut space = [0; CONFIG_SPACE_SIZE];
-        self.device.read_config(0, &mut space);
-        for (offset, &word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(space.as_chunks().0) {
+        for (offset, &word) in (reg::VIRTIO_MMIO_CONFIG..).step_by(4).zip(self.device.config_space().as_chunks().0) {
             self.window.set(offset, u32::from_le_bytes(word));
         }
     }

@@ -202,6 +202,9 @@ pub enum Progress {
     More,
 }
 
+/// Bytes of the longest configuration space, and more.
+pub const CONFIG_SPACE_SIZE: usize = 128;
+
 /// A device behind the transport.
 ///
 /// `activate` and `reset` come from a vCPU thread, the rest from the vmm thread, always under the
@@ -213,8 +216,8 @@ pub trait VirtioDevice {
     fn features(&self) -> u64;
     /// The largest size of each queue: powers of two.
     fn queue_sizes(&self) -> &'static [u16];
-    /// Reads the configuration space (§2.5); what is past its end reads as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The configuration space (§2.5); what is past its end is zero.
+    fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE];
     /// The driver is ready. Called only while the device is reset.
     fn activate(&mut self, activation: Activation);
     /// Stops: nothing more is taken from the queues or reported to the guest. Returns whether
@@ -270,8 +273,8 @@ impl VirtioDevice for Device {
         each!(self, device => device.queue_sizes())
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        each!(self, device => device.read_config(offset, data))
+    fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
+        each!(self, device => device.config_space())
     }
 
     fn activate(&mut self, activation: Activation) {

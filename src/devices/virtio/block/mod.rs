@@ -31,7 +31,9 @@ use self::request::{
     Kind as RequestKind, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, Request,
     Rules, Status, Step,
 };
-use super::{Activation, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use super::{
+    Activation, CONFIG_SPACE_SIZE, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue,
+};
 use crate::config::{CacheType, DriveConfig, IoEngine, RateLimiterUpdate};
 use crate::{metrics, warn_limited};
 
@@ -266,23 +268,6 @@ impl Block {
         self.limiter.update(update);
     }
 
-    /// The configuration space (§5.2.4), up to and including the write-zeroes fields.
-    fn config_space(&self) -> [u8; 60] {
-        let mut space = [0; 60];
-        let mut put = |offset: usize, bytes: &[u8]| space[offset..offset + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.disk.sectors.to_le_bytes());
-        put(12, &SEG_MAX.to_le_bytes());
-        if self.rules.discard {
-            put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-            put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
-            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
-            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-            put(52, &MAX_ZEROES_SEGMENTS.to_le_bytes());
-            put(56, &[1]); // write_zeroes_may_unmap
-        }
-        space
-    }
-
     /// Takes requests until there is none to take, or the batch is full.
     fn take_requests(&mut self) -> Result<Progress, Violation> {
         let mut requests = 0;
@@ -401,13 +386,21 @@ impl VirtioDevice for Block {
         &[QUEUE_SIZE]
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config_space();
-        let tail = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(tail) {
-            *to = *from;
+    /// Up to and including the write-zeroes fields (§5.2.4).
+    fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
+        let mut space = [0; CONFIG_SPACE_SIZE];
+        let mut put = |offset: usize, bytes: &[u8]| space[offset..offset + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.disk.sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        if self.rules.discard {
+            put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+            put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+            put(52, &MAX_ZEROES_SEGMENTS.to_le_bytes());
+            put(56, &[1]); // write_zeroes_may_unmap
         }
+        space
     }
 
     fn activate(&mut self, activation: Activation) {

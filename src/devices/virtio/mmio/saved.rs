@@ -6,15 +6,13 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
 };
 
-use super::{CONFIG_SPACE_SIZE, Transport};
+use super::Transport;
 use crate::devices::virtio::state::SavedQueue;
 use crate::devices::virtio::{StateError, VirtioDevice, VirtioState};
 
 impl Transport {
     pub(super) fn save(&self) -> VirtioState {
         let mut positions = self.device.positions().into_iter();
-        let mut config_space = vec![0; CONFIG_SPACE_SIZE];
-        self.device.read_config(0, &mut config_space);
         VirtioState {
             kind: self.device.kind() as u32,
             status: self.status,
@@ -26,7 +24,7 @@ impl Transport {
             queues: self.queues.iter().map(|q| SavedQueue::new(q, positions.next().unwrap_or_default())).collect(),
             config_generation: self.config_generation,
             interrupt: self.interrupt.status(),
-            config_space,
+            config_space: self.device.config_space().to_vec(),
         }
     }
 
@@ -66,9 +64,7 @@ impl Transport {
             self.status |= DRIVER_OK;
         }
         self.publish_all();
-        let mut space = vec![0; CONFIG_SPACE_SIZE];
-        self.device.read_config(0, &mut space);
-        if space != state.config_space {
+        if state.config_space != self.device.config_space() {
             self.config_changed();
         }
         Ok(())

@@ -31,7 +31,9 @@ use self::rx::Receiver;
 use self::service::Service;
 pub use self::tap::{Error as TapError, Tap};
 use self::tx::Transmitter;
-use super::{Activation, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue};
+use super::{
+    Activation, CONFIG_SPACE_SIZE, Kind, Position, Progress, RateLimiter, Source, Violation, VirtioDevice, Virtqueue,
+};
 use crate::config::{NetConfig, NetUpdate};
 use crate::mmds::Endpoint;
 use crate::{metrics, warn_limited};
@@ -117,7 +119,7 @@ pub struct Net {
     iface_id: String,
     features: u64,
     /// The configuration space (§5.1.4) up to and including the MTU.
-    config_space: [u8; 12],
+    config_space: [u8; CONFIG_SPACE_SIZE],
     tap: Tap,
     rx_limiter: RateLimiter,
     tx_limiter: RateLimiter,
@@ -151,14 +153,14 @@ impl Net {
         if !tap.has_uso() {
             features &= !(1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6 | 1 << VIRTIO_NET_F_HOST_USO);
         }
-        let mut config_space = [0; 12];
+        let mut config_space = [0; CONFIG_SPACE_SIZE];
         if let Some(mac) = config.guest_mac {
             features |= 1 << VIRTIO_NET_F_MAC;
             config_space[..6].copy_from_slice(&mac.0);
         }
         if let Some(mtu) = config.mtu {
             features |= 1 << VIRTIO_NET_F_MTU;
-            config_space[10..].copy_from_slice(&mtu.to_le_bytes());
+            config_space[10..12].copy_from_slice(&mtu.to_le_bytes());
         }
         Ok(Self {
             iface_id: config.iface_id.clone(),
@@ -231,12 +233,8 @@ impl VirtioDevice for Net {
         &[QUEUE_SIZE; 2]
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let tail = usize::try_from(offset).ok().and_then(|offset| self.config_space.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(tail) {
-            *to = *from;
-        }
+    fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
+        self.config_space
     }
 
     fn activate(&mut self, activation: Activation) {

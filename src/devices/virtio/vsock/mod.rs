@@ -32,7 +32,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::guest::Queues;
 use self::muxer::Muxer;
-use super::{Activation, KICK, Kind, Position, Progress, Source, Violation, VirtioDevice};
+use super::{Activation, CONFIG_SPACE_SIZE, KICK, Kind, Position, Progress, Source, Violation, VirtioDevice};
 use crate::config::VsockConfig;
 use crate::metrics::METRICS;
 
@@ -157,13 +157,10 @@ impl VirtioDevice for Vsock {
     }
 
     /// The guest's CID (§5.10.4).
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.guest_cid.to_le_bytes();
-        let tail = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(tail) {
-            *to = *from;
-        }
+    fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
+        let mut space = [0; CONFIG_SPACE_SIZE];
+        space[..8].copy_from_slice(&self.guest_cid.to_le_bytes());
+        space
     }
 
     fn activate(&mut self, activation: Activation) {
