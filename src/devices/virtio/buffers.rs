@@ -140,14 +140,10 @@ impl IoVecs {
     ///
     /// The guest memory the buffers came from is alive.
     pub unsafe fn read_to(&mut self, data: &mut Vec<u8>) {
-        for vec in self.as_slice() {
-            let start = data.len();
-            data.resize(start + vec.iov_len, 0);
-            // SAFETY: an entry lies within guest RAM, alive by this function's contract.
-            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), vec.iov_len) };
-            slice.copy_to(&mut data[start..]);
-        }
-        self.clear();
+        let start = data.len();
+        data.resize(start + self.len as usize, 0);
+        // SAFETY: by this function's contract.
+        unsafe { self.read_slice(&mut data[start..]) };
     }
 
     /// Copies `N` bytes out, once, and consumes them. `None`, and nothing consumed, if there are fewer.
@@ -159,20 +155,15 @@ impl IoVecs {
         if self.len < N as u64 {
             return None;
         }
-        let mut data = [0; N];
-        match self.as_slice().first() {
+        if let Some(vec) = self.as_slice().first().filter(|vec| vec.iov_len >= N) {
             // SAFETY: an entry lies within guest RAM, alive by this function's contract.
-            Some(vec) if vec.iov_len >= N => data = unsafe { ptr::read_volatile(vec.iov_base.cast()) },
-            _ => {
-                let mut done = 0;
-                for vec in self.as_slice() {
-                    // SAFETY: as above.
-                    let slice = unsafe { VolatileSlice::new(vec.iov_base.cast(), vec.iov_len) };
-                    done += slice.copy_to(&mut data[done..]);
-                }
-            }
+            let data = unsafe { ptr::read_volatile(vec.iov_base.cast()) };
+            self.advance(N as u64);
+            return Some(data);
         }
-        self.advance(N as u64);
+        let mut data = [0; N];
+        // SAFETY: by this function's contract.
+        unsafe { self.read_slice(&mut data) };
         Some(data)
     }
 
@@ -223,19 +214,11 @@ impl IoVecs {
     ///
     /// The guest memory the buffers came from is alive.
     pub unsafe fn write(&mut self, data: &[u8]) -> usize {
-        let mut done = 0;
-        for vec in self.as_slice() {
-            let step = vec.iov_len.min(data.len() - done);
-            // SAFETY: an entry lies within guest RAM, alive by this function's contract.
-            let slice = unsafe { VolatileSlice::<()>::new(vec.iov_base.cast(), step) };
-            slice.copy_from(&data[done..done + step]);
-            done += step;
-            if done == data.len() {
-                break;
-            }
-        }
-        self.advance(done as u64);
-        done
+        let count = self.len.min(data.len() as u64);
+        // SAFETY: by this function's contract.
+        unsafe { self.write_at(0, data) };
+        self.advance(count);
+        count as usize
     }
 }
 

@@ -81,11 +81,9 @@ impl Service {
         }
         self.received.clear();
         self.received.extend_from_slice(frame);
-        let start = self.received.len();
         // No longer than a frame: the caller has checked.
-        self.received.resize(start + buffers.len() as usize, 0);
         // SAFETY: by this function's contract.
-        unsafe { buffers.read_slice(&mut self.received[start..]) };
+        unsafe { buffers.read_to(&mut self.received) };
         self.endpoint.receive(&self.received, now());
         self.silent = false;
         // The next may come in hours.
