@@ -26,6 +26,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::Registers;
 use super::{
     Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Line, Progress, Source, StateError, Violation,
     VirtioDevice, VirtioState, Virtqueue, Window,
@@ -220,13 +221,7 @@ struct Transport {
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
     window: Window,
-    status: u32,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    driver_features: u64,
-    /// The driver accepted a bit that does not exist.
-    alien_features: bool,
-    queue_sel: u32,
+    registers: Registers,
     queues: Vec<QueueState>,
     config_generation: u32,
     /// A vCPU waits for the device to let go.
@@ -242,12 +237,7 @@ impl Transport {
             memory,
             interrupt,
             window,
-            status: 0,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            driver_features: 0,
-            alien_features: false,
-            queue_sel: 0,
+            registers: Registers::default(),
             queues,
             config_generation: 0,
             resetting: false,
@@ -287,16 +277,16 @@ impl Transport {
     }
 
     fn read(&self, register: u32) -> u32 {
-        let queue = self.queues.get(self.queue_sel as usize);
+        let queue = self.queues.get(self.registers.queue_sel as usize);
         match register {
             reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             reg::VIRTIO_MMIO_VERSION => VERSION,
             reg::VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
             reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            reg::VIRTIO_MMIO_DEVICE_FEATURES => page(self.offered_features(), self.device_features_sel),
+            reg::VIRTIO_MMIO_DEVICE_FEATURES => page(self.offered_features(), self.registers.device_features_sel),
             reg::VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
             reg::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
-            reg::VIRTIO_MMIO_STATUS => self.status,
+            reg::VIRTIO_MMIO_STATUS => self.registers.status,
             // No shared memory region exists: length and base are -1 (§4.2.2).
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             reg::VIRTIO_MMIO_CONFIG_GENERATION => self.config_generation,
@@ -309,10 +299,10 @@ impl Transport {
             return;
         }
         match register {
-            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.registers.device_features_sel = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.registers.driver_features_sel = value,
             reg::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
-            reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
+            reg::VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_sel = value,
             reg::VIRTIO_MMIO_STATUS => self.set_status(value),
             register => self.set_up_queue(register, value),
         }
@@ -320,23 +310,23 @@ impl Transport {
 
     /// §2.2: the driver accepts features between DRIVER and FEATURES_OK.
     fn accept_features(&mut self, value: u32) {
-        if self.status & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
+        if self.registers.status & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
             return;
         }
-        match self.driver_features_sel {
-            0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
-            1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
-            _ => self.alien_features |= value != 0,
+        match self.registers.driver_features_sel {
+            0 => set_low(&mut self.registers.driver_features, value),
+            1 => set_high(&mut self.registers.driver_features, value),
+            _ => self.registers.alien_features |= value != 0,
         }
     }
 
     /// A queue's registers are writable between FEATURES_OK and DRIVER_OK, its size and addresses
     /// only while it is not ready (§4.2.2.2). After DRIVER_OK nothing moves under a running device.
     fn set_up_queue(&mut self, register: u32, value: u32) {
-        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
+        if self.registers.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
             return;
         }
-        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };
+        let Some(queue) = self.queues.get_mut(self.registers.queue_sel as usize) else { return };
         if register == reg::VIRTIO_MMIO_QUEUE_READY {
             queue.ready = value == 1;
             return;
@@ -360,37 +350,37 @@ impl Transport {
     /// §2.1: the driver sets bits in order and never clears one. A write that does is ignored.
     fn set_status(&mut self, value: u32) {
         // The device's own bit is not the driver's to set; it may write back what it read.
-        let value = value & !NEEDS_RESET | self.status & NEEDS_RESET;
-        if value & self.status != self.status || self.status & FAILED != 0 {
+        let value = value & !NEEDS_RESET | self.registers.status & NEEDS_RESET;
+        if value & self.registers.status != self.registers.status || self.registers.status & FAILED != 0 {
             return;
         }
         if value & FAILED != 0 {
-            self.status |= FAILED;
+            self.registers.status |= FAILED;
             self.device.reset();
             return;
         }
         for (bit, before) in [(ACKNOWLEDGE, 0), (DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
         {
-            let asked = value & bit != 0 && self.status & bit == 0;
-            if !asked || self.status & before != before {
+            let asked = value & bit != 0 && self.registers.status & bit == 0;
+            if !asked || self.registers.status & before != before {
                 continue;
             }
             match bit {
                 FEATURES_OK if !self.features_acceptable() => return,
                 DRIVER_OK => self.activate(),
-                _ => self.status |= bit,
+                _ => self.registers.status |= bit,
             }
         }
     }
 
     fn features_acceptable(&self) -> bool {
-        let alien = self.alien_features || self.driver_features & !self.offered_features() != 0;
-        !alien && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+        let alien = self.registers.alien_features || self.registers.driver_features & !self.offered_features() != 0;
+        !alien && self.registers.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
     fn activate(&mut self) {
-        self.status |= DRIVER_OK;
-        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        self.registers.status |= DRIVER_OK;
+        let event_idx = self.registers.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let queues: Result<Vec<Virtqueue>, Violation> = self
             .queues
             .iter()
@@ -401,7 +391,7 @@ impl Transport {
             })
             .collect();
         match queues {
-            Ok(queues) => self.device.activate(Activation { queues, features: self.driver_features }),
+            Ok(queues) => self.device.activate(Activation { queues, features: self.registers.driver_features }),
             Err(violation) => self.needs_reset(&violation),
         }
     }
@@ -411,7 +401,7 @@ impl Transport {
         self.device.count_violation();
         warn_limited!("virtio-{} device needs a reset: {violation}", self.device.kind());
         self.device.reset();
-        self.status |= NEEDS_RESET;
+        self.registers.status |= NEEDS_RESET;
         self.publish();
         self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
     }
@@ -421,18 +411,13 @@ impl Transport {
         self.publish_config();
         self.config_generation = self.config_generation.wrapping_add(1);
         self.publish();
-        if self.status & DRIVER_OK != 0 {
+        if self.registers.status & DRIVER_OK != 0 {
             self.interrupt.raise(INTERRUPT_CONFIG_CHANGE);
         }
     }
 
     fn complete_reset(&mut self) {
-        self.status = 0;
-        self.device_features_sel = 0;
-        self.driver_features_sel = 0;
-        self.driver_features = 0;
-        self.alien_features = false;
-        self.queue_sel = 0;
+        self.registers = Registers::default();
         self.queues = fresh_queues(&self.device);
         self.interrupt.acknowledge(u32::MAX);
         self.resetting = false;

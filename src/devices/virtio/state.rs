@@ -58,11 +58,9 @@ impl SavedQueue {
     }
 }
 
-/// A device and its transport, with nothing in flight.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VirtioState {
-    /// Device ID.
-    pub kind: u32,
+/// What the driver has written, besides the queues' registers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
     /// Status (§2.1).
     pub status: u32,
     /// DeviceFeaturesSel.
@@ -75,6 +73,15 @@ pub struct VirtioState {
     pub alien_features: bool,
     /// QueueSel.
     pub queue_sel: u32,
+}
+
+/// A device and its transport, with nothing in flight.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioState {
+    /// Device ID.
+    pub kind: u32,
+    /// The registers.
+    pub registers: Registers,
     /// The queues.
     pub queues: Vec<SavedQueue>,
     /// ConfigGeneration.

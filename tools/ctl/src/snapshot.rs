@@ -173,8 +173,10 @@ fn describe(id: Id, state: &State) -> Value {
         .devices()
         .iter()
         .map(|device| {
-            let queues: Vec<_> = device.queues.iter().map(|queue| json!({ "size": queue.size, "ready": queue.ready })).collect();
-            json!({ "kind": kind(device.kind), "status": device.status, "features": device.driver_features, "queues": queues })
+            let queues: Vec<_> =
+                device.queues.iter().map(|queue| json!({ "size": queue.size, "ready": queue.ready })).collect();
+            let (status, features) = (device.registers.status, device.registers.driver_features);
+            json!({ "kind": kind(device.kind), "status": status, "features": features, "queues": queues })
         })
         .collect();
     json!({

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_config::{
 };
 
 use super::Transport;
-use crate::devices::virtio::state::SavedQueue;
+use crate::devices::virtio::state::{Registers, SavedQueue};
 use crate::devices::virtio::{StateError, VirtioDevice, VirtioState};
 
 impl Transport {
@@ -15,12 +15,7 @@ impl Transport {
         let mut positions = self.device.positions().into_iter();
         VirtioState {
             kind: self.device.kind() as u32,
-            status: self.status,
-            device_features_sel: self.device_features_sel,
-            driver_features_sel: self.driver_features_sel,
-            driver_features: self.driver_features,
-            alien_features: self.alien_features,
-            queue_sel: self.queue_sel,
+            registers: self.registers,
             queues: self.queues.iter().map(|q| SavedQueue::new(q, positions.next().unwrap_or_default())).collect(),
             config_generation: self.config_generation,
             interrupt: self.interrupt.status(),
@@ -30,38 +25,34 @@ impl Transport {
 
     pub(super) fn restore(&mut self, state: &VirtioState) -> Result<(), StateError> {
         let (kind, queues) = (self.device.kind() as u32, self.device.queue_sizes().len());
-        let alien = state.driver_features & !self.offered_features();
+        let Registers { status, driver_features, .. } = state.registers;
+        let alien = driver_features & !self.offered_features();
         if state.kind != kind {
             return Err(StateError::Kind { found: state.kind, expected: kind });
         }
         if state.queues.len() != queues {
             return Err(StateError::Queues { found: state.queues.len(), expected: queues });
         }
-        if state.status & FEATURES_OK != 0 && alien != 0 {
+        if status & FEATURES_OK != 0 && alien != 0 {
             return Err(StateError::Features(alien));
         }
-        if state.status & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET) != 0
-            || state.status & DRIVER_OK != 0 && state.status & FEATURES_OK == 0
+        if status & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET) != 0
+            || status & DRIVER_OK != 0 && status & FEATURES_OK == 0
         {
-            return Err(StateError::Status(state.status));
+            return Err(StateError::Status(status));
         }
-        self.status = state.status & !DRIVER_OK;
-        self.device_features_sel = state.device_features_sel;
-        self.driver_features_sel = state.driver_features_sel;
-        self.driver_features = state.driver_features;
-        self.alien_features = state.alien_features;
-        self.queue_sel = state.queue_sel;
+        self.registers = Registers { status: status & !DRIVER_OK, ..state.registers };
         self.config_generation = state.config_generation;
         let sizes = self.device.queue_sizes();
         self.queues = state.queues.iter().zip(sizes).map(|(queue, &size)| queue.registers(size)).collect();
         self.interrupt.restore(state.interrupt);
-        if state.status & DRIVER_OK != 0 {
+        if status & DRIVER_OK != 0 {
             // A device that had failed stays failed: the driver has still to reset it.
-            if state.status & (FAILED | NEEDS_RESET) == 0 {
+            if status & (FAILED | NEEDS_RESET) == 0 {
                 self.activate();
                 self.device.on_restored();
             }
-            self.status |= DRIVER_OK;
+            self.registers.status |= DRIVER_OK;
         }
         self.publish_all();
         if state.config_space != self.device.config_space() {
