@@ -44,9 +44,10 @@ const CAPACITY: usize = 16;
 /// What the controller holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct I8042State {
-    output: Vec<u8>,
+    output: VecDeque<u8>,
     config: u8,
     output_port: u8,
+    /// The command whose parameter the next write to the data port is.
     awaiting: Option<u8>,
 }
 
@@ -55,45 +56,33 @@ pub struct I8042State {
 pub struct I8042 {
     interrupt: EventFd,
     reset: EventFd,
-    output: VecDeque<u8>,
-    config: u8,
-    output_port: u8,
-    /// The command whose parameter the next write to the data port is.
-    awaiting: Option<u8>,
+    state: I8042State,
 }
 
 impl I8042 {
     /// A controller that interrupts through `interrupt` and asks for a reset through `reset`.
     pub fn new(interrupt: EventFd, reset: EventFd) -> Self {
-        Self {
-            interrupt,
-            reset,
+        // As firmware leaves it.
+        let state = I8042State {
             output: VecDeque::with_capacity(CAPACITY),
-            // As firmware leaves it.
             config: CONFIG_KEYBOARD_INTERRUPT | CONFIG_SYSTEM | CONFIG_TRANSLATE,
             output_port: OUTPUT_PORT_RUNNING,
             awaiting: None,
-        }
+        };
+        Self { interrupt, reset, state }
     }
 
     /// Its state.
     pub fn save(&self) -> I8042State {
-        I8042State {
-            output: self.output.iter().copied().collect(),
-            config: self.config,
-            output_port: self.output_port,
-            awaiting: self.awaiting,
-        }
+        self.state.clone()
     }
 
     /// Takes a state on; more keys than it can hold are cut.
     pub fn restore(&mut self, state: &I8042State) {
-        self.output = state.output.iter().copied().take(CAPACITY).collect();
-        self.config = state.config;
-        self.output_port = state.output_port;
-        self.awaiting = state.awaiting;
+        self.state = state.clone();
+        self.state.output.truncate(CAPACITY);
         // See `Serial::restore`.
-        if !self.output.is_empty() {
+        if !self.state.output.is_empty() {
             self.raise();
         }
     }
@@ -112,11 +101,11 @@ impl I8042 {
     pub fn read(&mut self, port: u16) -> u8 {
         METRICS.i8042.read_count.inc();
         if port == COMMAND_PORT {
-            let full = if self.output.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
+            let full = if self.state.output.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
             return full | STATUS_SYSTEM | STATUS_UNLOCKED;
         }
-        let byte = self.output.pop_front().unwrap_or(0);
-        if !self.output.is_empty() {
+        let byte = self.state.output.pop_front().unwrap_or(0);
+        if !self.state.output.is_empty() {
             self.raise();
         }
         byte
@@ -128,10 +117,10 @@ impl I8042 {
         if port == COMMAND_PORT {
             return self.command(value);
         }
-        match self.awaiting.take() {
-            Some(COMMAND_WRITE_CONFIG) => self.config = value,
+        match self.state.awaiting.take() {
+            Some(COMMAND_WRITE_CONFIG) => self.state.config = value,
             Some(COMMAND_WRITE_OUTPUT_PORT) => {
-                self.output_port = value;
+                self.state.output_port = value;
                 if value & OUTPUT_PORT_RUNNING == 0 {
                     self.request_reset();
                 }
@@ -144,8 +133,8 @@ impl I8042 {
     /// Presses and releases Ctrl-Alt-Del. Returns false, and does nothing, when the guest has left
     /// no room for it.
     pub fn press_ctrl_alt_del(&mut self) -> bool {
-        let keys = if self.config & CONFIG_TRANSLATE == 0 { CTRL_ALT_DEL } else { CTRL_ALT_DEL_TRANSLATED };
-        if self.output.len() + keys.len() > CAPACITY {
+        let keys = if self.state.config & CONFIG_TRANSLATE == 0 { CTRL_ALT_DEL } else { CTRL_ALT_DEL_TRANSLATED };
+        if self.state.output.len() + keys.len() > CAPACITY {
             return false;
         }
         self.answer(keys);
@@ -153,27 +142,27 @@ impl I8042 {
     }
 
     fn command(&mut self, command: u8) {
-        self.awaiting = None;
+        self.state.awaiting = None;
         match command {
-            COMMAND_READ_CONFIG => self.answer(&[self.config]),
-            COMMAND_WRITE_CONFIG | COMMAND_WRITE_OUTPUT_PORT => self.awaiting = Some(command),
+            COMMAND_READ_CONFIG => self.answer(&[self.state.config]),
+            COMMAND_WRITE_CONFIG | COMMAND_WRITE_OUTPUT_PORT => self.state.awaiting = Some(command),
             COMMAND_SELF_TEST => self.answer(&[0x55]),
             COMMAND_TEST_KEYBOARD => self.answer(&[0]),
-            COMMAND_READ_OUTPUT_PORT => self.answer(&[self.output_port]),
+            COMMAND_READ_OUTPUT_PORT => self.answer(&[self.state.output_port]),
             COMMAND_RESET_CPU => self.request_reset(),
             _ => {}
         }
     }
 
     fn answer(&mut self, bytes: &[u8]) {
-        if self.output.len() + bytes.len() <= CAPACITY {
-            self.output.extend(bytes);
+        if self.state.output.len() + bytes.len() <= CAPACITY {
+            self.state.output.extend(bytes);
             self.raise();
         }
     }
 
     fn raise(&self) {
-        if self.config & CONFIG_KEYBOARD_INTERRUPT != 0 {
+        if self.state.config & CONFIG_KEYBOARD_INTERRUPT != 0 {
             // A write fails only if the counter would overflow: the interrupt is pending anyway.
             let _ = self.interrupt.write(1);
         }
@@ -247,7 +236,7 @@ mod tests {
             i8042.write(COMMAND_PORT, value);
             i8042.write(DATA_PORT, value);
         }
-        assert!(i8042.output.len() <= CAPACITY);
+        assert!(i8042.state.output.len() <= CAPACITY);
         assert!(i8042.reset_fd().read().is_err());
     }
 }

@@ -56,7 +56,8 @@ const DIVISOR: [u8; 2] = [12, 0];
 /// The registers and the input on its way. Output is the host's by the time it is saved, or lost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
-    input: Vec<u8>,
+    input: VecDeque<u8>,
+    /// The transmitter interrupt is raised: from "became empty" until the driver reads IIR.
     transmitter_pending: bool,
     ier: u8,
     lcr: u8,
@@ -72,69 +73,44 @@ pub struct Serial {
     /// Signalled when the vmm thread has something to do: output to write, room for input.
     wake: EventFd,
     output: VecDeque<u8>,
-    input: VecDeque<u8>,
     /// The vmm thread was told of output it has not fetched yet.
     woken: bool,
     /// The host has input that did not fit.
     input_waits: bool,
-    /// The transmitter interrupt is raised: from "became empty" until the driver reads IIR.
-    transmitter_pending: bool,
     lost: u64,
-    ier: u8,
-    lcr: u8,
-    mcr: u8,
-    scratch: u8,
-    divisor: [u8; 2],
+    state: SerialState,
 }
 
 impl Serial {
     /// A UART that interrupts through `interrupt` and calls the vmm thread through `wake`.
     pub fn new(interrupt: EventFd, wake: EventFd) -> Self {
-        Self {
-            interrupt,
-            wake,
-            output: VecDeque::new(),
+        let state = SerialState {
             input: VecDeque::with_capacity(INPUT_CAPACITY),
-            woken: false,
-            input_waits: false,
             transmitter_pending: false,
-            lost: 0,
             ier: 0,
             lcr: LCR_8N1,
             mcr: MCR_OUT2,
             scratch: 0,
             divisor: DIVISOR,
-        }
+        };
+        Self { interrupt, wake, output: VecDeque::new(), woken: false, input_waits: false, lost: 0, state }
     }
 
     /// Its state.
     pub fn save(&self) -> SerialState {
-        SerialState {
-            input: self.input.iter().copied().collect(),
-            transmitter_pending: self.transmitter_pending,
-            ier: self.ier,
-            lcr: self.lcr,
-            mcr: self.mcr,
-            scratch: self.scratch,
-            divisor: self.divisor,
-        }
+        self.state.clone()
     }
 
     /// Takes a state on. Every value of it is one that a guest could have brought about, save too much
     /// input, which is cut.
     pub fn restore(&mut self, state: &SerialState) {
-        self.input = state.input.iter().copied().take(INPUT_CAPACITY).collect();
+        self.state = SerialState { ier: state.ier & IER_MASK, mcr: state.mcr & MCR_MASK, ..state.clone() };
+        self.state.input.truncate(INPUT_CAPACITY);
         self.output.clear();
-        self.transmitter_pending = state.transmitter_pending;
-        self.ier = state.ier & IER_MASK;
-        self.lcr = state.lcr;
-        self.mcr = state.mcr & MCR_MASK;
-        self.scratch = state.scratch;
-        self.divisor = state.divisor;
         // An interrupt may have been on its way into the interrupt controller, and a driver that waited for room has it
         // now; one too many is harmless.
         self.raise_transmitter();
-        if self.transmitter_pending || !self.input.is_empty() {
+        if self.state.transmitter_pending || !self.state.input.is_empty() {
             self.raise();
         }
     }
@@ -151,44 +127,44 @@ impl Serial {
 
     /// The guest reads register `offset`.
     pub fn read(&mut self, offset: u16) -> u8 {
-        let dlab = self.lcr & LCR_DLAB != 0;
+        let dlab = self.state.lcr & LCR_DLAB != 0;
         match offset {
-            DATA | IER if dlab => self.divisor[usize::from(offset)],
+            DATA | IER if dlab => self.state.divisor[usize::from(offset)],
             DATA => self.receive(),
-            IER => self.ier,
+            IER => self.state.ier,
             IIR => self.identify_interrupt(),
-            LCR => self.lcr,
-            MCR => self.mcr,
+            LCR => self.state.lcr,
+            MCR => self.state.mcr,
             LSR => self.line_status(),
-            MSR if self.mcr & MCR_LOOP != 0 => self.looped_modem_status(),
+            MSR if self.state.mcr & MCR_LOOP != 0 => self.looped_modem_status(),
             MSR => MSR_CONNECTED,
-            SCR => self.scratch,
+            SCR => self.state.scratch,
             _ => 0xff,
         }
     }
 
     /// The guest writes register `offset`.
     pub fn write(&mut self, offset: u16, value: u8) {
-        let dlab = self.lcr & LCR_DLAB != 0;
+        let dlab = self.state.lcr & LCR_DLAB != 0;
         match offset {
-            DATA | IER if dlab => self.divisor[usize::from(offset)] = value,
+            DATA | IER if dlab => self.state.divisor[usize::from(offset)] = value,
             DATA => self.transmit(value),
             IER => {
-                let enabled = value & !self.ier & IER_MASK;
-                self.ier = value & IER_MASK;
+                let enabled = value & !self.state.ier & IER_MASK;
+                self.state.ier = value & IER_MASK;
                 // Enabling an interrupt whose cause holds raises it (PC16550D §8.7): this is how
                 // a driver starts to transmit, also after it stopped with one pending.
                 if enabled & IER_TRANSMITTER != 0 {
-                    self.transmitter_pending = false;
+                    self.state.transmitter_pending = false;
                     self.raise_transmitter();
                 }
-                if enabled & IER_RECEIVED != 0 && !self.input.is_empty() {
+                if enabled & IER_RECEIVED != 0 && !self.state.input.is_empty() {
                     self.raise();
                 }
             }
-            LCR => self.lcr = value,
-            MCR => self.mcr = value & MCR_MASK,
-            SCR => self.scratch = value,
+            LCR => self.state.lcr = value,
+            MCR => self.state.mcr = value & MCR_MASK,
+            SCR => self.state.scratch = value,
             _ => {}
         }
     }
@@ -216,8 +192,8 @@ impl Serial {
     /// Gives the guest input; returns how much was taken.
     pub fn offer_input(&mut self, bytes: &[u8]) -> usize {
         let taken = &bytes[..bytes.len().min(self.input_room())];
-        self.input.extend(taken);
-        if !taken.is_empty() && self.ier & IER_RECEIVED != 0 {
+        self.state.input.extend(taken);
+        if !taken.is_empty() && self.state.ier & IER_RECEIVED != 0 {
             self.raise();
         }
         taken.len()
@@ -225,12 +201,12 @@ impl Serial {
 
     /// Bytes of input that fit now.
     pub fn input_room(&self) -> usize {
-        INPUT_CAPACITY - self.input.len()
+        INPUT_CAPACITY - self.state.input.len()
     }
 
     /// Asks for a wake once the guest has read everything; true if it has already.
     pub fn want_input(&mut self) -> bool {
-        self.input_waits = !self.input.is_empty();
+        self.input_waits = !self.state.input.is_empty();
         !self.input_waits
     }
 
@@ -240,18 +216,18 @@ impl Serial {
     }
 
     fn receive(&mut self) -> u8 {
-        let byte = self.input.pop_front().unwrap_or(0);
-        if self.input.is_empty() && std::mem::take(&mut self.input_waits) {
+        let byte = self.state.input.pop_front().unwrap_or(0);
+        if self.state.input.is_empty() && std::mem::take(&mut self.input_waits) {
             self.wake_vmm();
         }
-        if !self.input.is_empty() && self.ier & IER_RECEIVED != 0 {
+        if !self.state.input.is_empty() && self.state.ier & IER_RECEIVED != 0 {
             self.raise();
         }
         byte
     }
 
     fn transmit(&mut self, value: u8) {
-        if self.mcr & MCR_LOOP != 0 {
+        if self.state.mcr & MCR_LOOP != 0 {
             self.offer_input(&[value]);
             return;
         }
@@ -273,21 +249,21 @@ impl Serial {
     }
 
     fn line_status(&self) -> u8 {
-        let received = if self.input.is_empty() { 0 } else { LSR_DATA_READY };
+        let received = if self.state.input.is_empty() { 0 } else { LSR_DATA_READY };
         let transmitter = if self.transmitter_ready() { LSR_TRANSMITTER_EMPTY } else { 0 };
         received | transmitter
     }
 
     /// In loopback the modem outputs come back as inputs: DTR→DSR, RTS→CTS, OUT1→RI, OUT2→DCD.
     fn looped_modem_status(&self) -> u8 {
-        (self.mcr & 1) << 5 | (self.mcr & 2) << 3 | (self.mcr & 4) << 4 | (self.mcr & 8) << 4
+        (self.state.mcr & 1) << 5 | (self.state.mcr & 2) << 3 | (self.state.mcr & 4) << 4 | (self.state.mcr & 8) << 4
     }
 
     /// Reading IIR acknowledges the transmitter interrupt if that is the one it reports.
     fn identify_interrupt(&mut self) -> u8 {
-        let cause = if !self.input.is_empty() && self.ier & IER_RECEIVED != 0 {
+        let cause = if !self.state.input.is_empty() && self.state.ier & IER_RECEIVED != 0 {
             IIR_RECEIVED
-        } else if self.ier & IER_TRANSMITTER != 0 && std::mem::take(&mut self.transmitter_pending) {
+        } else if self.state.ier & IER_TRANSMITTER != 0 && std::mem::take(&mut self.state.transmitter_pending) {
             IIR_TRANSMITTER
         } else {
             IIR_NONE
@@ -296,8 +272,8 @@ impl Serial {
     }
 
     fn raise_transmitter(&mut self) {
-        if self.ier & IER_TRANSMITTER != 0 && self.transmitter_ready() && !self.transmitter_pending {
-            self.transmitter_pending = true;
+        if self.state.ier & IER_TRANSMITTER != 0 && self.transmitter_ready() && !self.state.transmitter_pending {
+            self.state.transmitter_pending = true;
             self.raise();
         }
     }
