@@ -38,6 +38,8 @@ pub enum Command {
     GetInstance,
     /// The whole configuration.
     GetConfig,
+    /// The machine configuration.
+    GetMachine,
     /// Replace the boot source.
     SetBootSource(BootSource),
     /// Replace the machine configuration (a PATCH arrives merged by [`Command::PatchMachine`]).
@@ -96,8 +98,6 @@ impl Command {
     pub fn permitted(&self, lifecycle: Lifecycle) -> Result<(), Refusal> {
         let configuring = lifecycle == Lifecycle::Configuring;
         match self {
-            Self::GetInstance | Self::GetConfig => Ok(()),
-            Self::GetMetadata | Self::PutMetadata(_) | Self::PatchMetadata(_) => Ok(()),
             Self::SetBootSource(_)
             | Self::SetMachine(_)
             | Self::PatchMachine(_)
@@ -186,6 +186,8 @@ pub enum Reply {
     },
     /// Answer to [`Command::GetConfig`].
     Config(Box<VmConfig>),
+    /// Answer to [`Command::GetMachine`].
+    Machine(MachineConfig),
     /// Answer to [`Command::GetMetadata`].
     Metadata(Value),
     /// Metadata that would be over its limit; nothing changed (413).
@@ -334,6 +336,7 @@ mod tests {
         vec![
             (Command::GetInstance, "BA"),
             (Command::GetConfig, "BA"),
+            (Command::GetMachine, "BA"),
             (Command::GetMetadata, "BA"),
             (Command::PutMetadata(Value::Null), "BA"),
             (Command::PatchMetadata(Value::Null), "BA"),

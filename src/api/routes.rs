@@ -14,7 +14,7 @@ use crate::metrics::{Counter, METRICS};
 /// What a request asks for.
 #[derive(Debug)]
 pub enum Action {
-    /// Something of the vmm thread; [`Ask::view`] says how to answer.
+    /// Something of the vmm thread.
     Ask(Ask),
     /// GET /version.
     Version,
@@ -26,26 +26,15 @@ pub enum Action {
     OpenApi,
 }
 
-/// A command and how its answer is shown.
+/// A command and what is known of its request.
 #[derive(Debug)]
 pub struct Ask {
     /// For the vmm thread.
     pub command: Command,
-    /// What of the reply the client gets.
-    pub view: View,
     /// The request used something that is going away.
     pub deprecated: bool,
     /// To count if the vmm thread refuses.
     pub refusals: Option<&'static Counter>,
-}
-
-/// What of a [`Reply`] the client gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum View {
-    /// All of it.
-    Whole,
-    /// The machine configuration of [`Reply::Config`].
-    Machine,
 }
 
 /// One endpoint.
@@ -100,7 +89,7 @@ pub static ENDPOINTS: &[Endpoint] = &[
     endpoint!(GET "" |_, _| ask(Command::GetInstance), get_api_requests instance_info_count),
     endpoint!(GET "version" |_, _| Ok(Action::Version), get_api_requests vmm_version_count),
     endpoint!(GET "vm/config" |_, _| ask(Command::GetConfig)),
-    endpoint!(GET "machine-config" |_, _| get_machine_config(), get_api_requests machine_cfg_count),
+    endpoint!(GET "machine-config" |_, _| ask(Command::GetMachine), get_api_requests machine_cfg_count),
     endpoint!(GET "metrics" |_, _| Ok(Action::Metrics)),
     endpoint!(GET "events" |_, _| Ok(Action::Events)),
     endpoint!(GET "openapi.yaml" |_, _| Ok(Action::OpenApi)),
@@ -214,11 +203,12 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Rejection> {
 }
 
 fn ask(command: Command) -> Result<Action, Rejection> {
-    Ok(Action::Ask(Ask { command, view: View::Whole, deprecated: false, refusals: None }))
+    ask_marked(command, false)
 }
 
-fn get_machine_config() -> Result<Action, Rejection> {
-    Ok(Action::Ask(Ask { command: Command::GetConfig, view: View::Machine, deprecated: false, refusals: None }))
+/// `deprecated`: the request used something that is going away.
+fn ask_marked(command: Command, deprecated: bool) -> Result<Action, Rejection> {
+    Ok(Action::Ask(Ask { command, deprecated, refusals: None }))
 }
 
 fn put_action(body: &[u8]) -> Result<Action, Rejection> {
@@ -239,42 +229,31 @@ fn patch_vm(body: &[u8]) -> Result<Action, Rejection> {
 fn put_machine_config(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::MachineConfiguration = parse(body)?;
     let deprecated = body.cpu_template.is_some();
-    Ok(Action::Ask(Ask {
-        command: Command::SetMachine(body.try_into()?),
-        view: View::Whole,
-        deprecated,
-        refusals: None,
-    }))
+    ask_marked(Command::SetMachine(body.try_into()?), deprecated)
 }
 
 fn patch_machine_config(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::MachineConfigurationUpdate = parse(body)?;
     let deprecated = body.cpu_template.is_some();
-    Ok(Action::Ask(Ask {
-        command: Command::PatchMachine(body.try_into()?),
-        view: View::Whole,
-        deprecated,
-        refusals: None,
-    }))
+    ask_marked(Command::PatchMachine(body.try_into()?), deprecated)
 }
 
 fn put_mmds_config(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::MmdsConfig = parse(body)?;
     let deprecated = body.version == types::MmdsVersion::V1;
-    Ok(Action::Ask(Ask { command: Command::SetMmds(body.try_into()?), view: View::Whole, deprecated, refusals: None }))
+    ask_marked(Command::SetMmds(body.try_into()?), deprecated)
 }
 
 fn put_vsock(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::Vsock = parse(body)?;
     let deprecated = body.vsock_id.is_some();
-    Ok(Action::Ask(Ask { command: Command::SetVsock(body.try_into()?), view: View::Whole, deprecated, refusals: None }))
+    ask_marked(Command::SetVsock(body.try_into()?), deprecated)
 }
 
 fn put_snapshot_load(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::SnapshotLoadParams = parse(body)?;
     let deprecated = body.mem_file_path.is_some() || body.enable_diff_snapshots.is_some();
-    let command = Command::LoadSnapshot(Box::new(body.try_into()?));
-    Ok(Action::Ask(Ask { command, view: View::Whole, deprecated, refusals: None }))
+    ask_marked(Command::LoadSnapshot(Box::new(body.try_into()?)), deprecated)
 }
 
 fn put_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
@@ -313,17 +292,15 @@ fn check_same_id(field: &'static str, path: &str, body: &str) -> Result<(), Conf
 }
 
 /// The body of the answer to a GET; `None` for "done, nothing to say".
-pub fn show(reply: &Reply, view: View) -> Option<Vec<u8>> {
+pub fn show(reply: &Reply) -> Option<Vec<u8>> {
     // None of these types can fail to serialise but for a path that is not UTF-8, and the paths
     // came as JSON.
-    match (reply, view) {
-        (Reply::Done | Reply::DoesNotFit(_), _) => None,
-        (Reply::Metadata(value), _) => serde_json::to_vec(value).ok(),
-        (Reply::Instance { id, state }, _) => Some(instance(id, *state)),
-        (Reply::Config(config), View::Machine) => {
-            serde_json::to_vec(&types::MachineConfiguration::from(&config.machine)).ok()
-        }
-        (Reply::Config(config), View::Whole) => Some(full_config(config)),
+    match reply {
+        Reply::Done | Reply::DoesNotFit(_) => None,
+        Reply::Metadata(value) => serde_json::to_vec(value).ok(),
+        Reply::Instance { id, state } => Some(instance(id, *state)),
+        Reply::Machine(machine) => serde_json::to_vec(&types::MachineConfiguration::from(machine)).ok(),
+        Reply::Config(config) => Some(full_config(config)),
     }
 }
 

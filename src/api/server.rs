@@ -284,7 +284,7 @@ impl Server {
         if let Some(latency) = latency {
             latency.set(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
         }
-        let mut response = match routes::show(&answer, ask.view) {
+        let mut response = match routes::show(&answer) {
             Some(json) => data("application/json", json),
             None => {
                 let mut done = Response::new(Reply::Whole(Bytes::new()));

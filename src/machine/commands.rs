@@ -24,6 +24,7 @@ impl Vmm {
         match command {
             Command::GetInstance => return Ok(Reply::Instance { id: self.id.clone(), state: self.state }),
             Command::GetConfig => return Ok(Reply::Config(Box::new(self.config.clone()))),
+            Command::GetMachine => return Ok(Reply::Machine(self.config.machine.clone())),
             Command::SetBootSource(source) => {
                 self.files.set_boot_source(&source).map_err(refuse)?;
                 self.config.boot_source = Some(source);

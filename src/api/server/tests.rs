@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 
 use super::*;
-use crate::config::VmConfig;
+use crate::config::MachineConfig;
 use crate::control::{self, Lifecycle, Refusal, Reply as VmmReply};
 
 /// A served socket; its vmm answers GET / and GET /machine-config, does what it is told, and
@@ -38,7 +38,7 @@ impl Api {
                         Command::GetInstance => {
                             Ok(VmmReply::Instance { id: "vm-1".into(), state: Lifecycle::Configuring })
                         }
-                        Command::GetConfig => Ok(VmmReply::Config(Box::<VmConfig>::default())),
+                        Command::GetMachine => Ok(VmmReply::Machine(MachineConfig::default())),
                         Command::Start => Err(Refusal("There is no kernel.".into())),
                         Command::PutMetadata(_) => Ok(VmmReply::DoesNotFit(Refusal("It is too large.".into()))),
                         _ => Ok(VmmReply::Done),
