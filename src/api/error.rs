@@ -3,7 +3,6 @@
 use hyper::StatusCode;
 
 use super::types;
-use crate::config::ConfigError;
 use crate::control::{Gone, Refusal};
 
 /// Longest fault message in bytes: a message may quote what the client sent, but not all of it.
@@ -43,12 +42,6 @@ impl ApiError {
         let error = types::Error { fault_message: self.message.clone() };
         // A string always serialises.
         serde_json::to_vec(&error).unwrap_or_default()
-    }
-}
-
-impl From<ConfigError> for ApiError {
-    fn from(error: ConfigError) -> Self {
-        Self::bad_request(error.to_string())
     }
 }
 

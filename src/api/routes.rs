@@ -50,21 +50,11 @@ pub struct Endpoint {
 }
 
 /// Why a handler refuses.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
 enum Rejection {
-    Json(serde_json::Error),
-    Config(ConfigError),
-}
-
-impl From<serde_json::Error> for Rejection {
-    fn from(error: serde_json::Error) -> Self {
-        Self::Json(error)
-    }
-}
-
-impl From<ConfigError> for Rejection {
-    fn from(error: ConfigError) -> Self {
-        Self::Config(error)
-    }
+    Json(#[from] serde_json::Error),
+    Config(#[from] ConfigError),
 }
 
 /// An [`Endpoint`]: `METHOD "path" handler`, then perhaps the counters of requests and refusals.
@@ -128,9 +118,8 @@ pub static ENDPOINTS: &[Endpoint] = &[
     endpoint!(PATCH "vm" |_, body| patch_vm(body), patch_api_requests vm_count vm_fails),
 ];
 
-/// What published clients may ask for and this release does not do: first path segment, and why.
-const UNAVAILABLE: &[(&str, &str)] =
-    &[("balloon", OUT_OF_SCOPE), ("entropy", OUT_OF_SCOPE), ("hotplug", OUT_OF_SCOPE), ("pmem", OUT_OF_SCOPE)];
+/// What published clients may ask for and this release does not do: first path segments.
+const UNAVAILABLE: &[&str] = &["balloon", "entropy", "hotplug", "pmem"];
 const OUT_OF_SCOPE: &str = "is not supported: it is outside the scope of this VMM";
 
 /// Finds what a request asks for.
@@ -189,8 +178,8 @@ fn handle(endpoint: &Endpoint, id: &str, body: &[u8]) -> Result<Action, Option<R
 
 fn unknown(method: &Method, path: &str, trimmed: &str) -> ApiError {
     let first = trimmed.split('/').next().unwrap_or_default();
-    if let Some((_, reason)) = UNAVAILABLE.iter().find(|(segment, _)| *segment == first) {
-        return ApiError::bad_request(format!("{method} {path} {reason}."));
+    if UNAVAILABLE.contains(&first) {
+        return ApiError::bad_request(format!("{method} {path} {OUT_OF_SCOPE}."));
     }
     if *method == Method::DELETE {
         return ApiError::bad_request(format!("{method} {path}: unplugging devices {OUT_OF_SCOPE}."));
@@ -256,39 +245,39 @@ fn put_snapshot_load(body: &[u8]) -> Result<Action, Rejection> {
     ask_marked(Command::LoadSnapshot(Box::new(body.try_into()?)), deprecated)
 }
 
+/// The body of a request for the resource `id`, which it names as well.
+fn parse_named<T: DeserializeOwned>(
+    field: &'static str,
+    id: &str,
+    body: &[u8],
+    name: fn(&T) -> &str,
+) -> Result<T, Rejection> {
+    check_resource_id(field, id)?;
+    let body = parse(body)?;
+    match name(&body) {
+        same if same == id => Ok(body),
+        other => Err(ConfigError::IdMismatch { field, path: id.to_owned(), body: other.to_owned() }.into()),
+    }
+}
+
 fn put_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
-    check_resource_id("drive_id", id)?;
-    let body: types::Drive = parse(body)?;
-    check_same_id("drive_id", id, &body.drive_id)?;
+    let body = parse_named("drive_id", id, body, |body: &types::Drive| &body.drive_id)?;
     ask(Command::SetDrive(Box::new(body.try_into()?)))
 }
 
 fn patch_drive(id: &str, body: &[u8]) -> Result<Action, Rejection> {
-    check_resource_id("drive_id", id)?;
-    let body: types::PartialDrive = parse(body)?;
-    check_same_id("drive_id", id, &body.drive_id)?;
+    let body = parse_named("drive_id", id, body, |body: &types::PartialDrive| &body.drive_id)?;
     ask(Command::UpdateDrive(body.try_into()?))
 }
 
 fn put_network_interface(id: &str, body: &[u8]) -> Result<Action, Rejection> {
-    check_resource_id("iface_id", id)?;
-    let body: types::NetworkInterface = parse(body)?;
-    check_same_id("iface_id", id, &body.iface_id)?;
+    let body = parse_named("iface_id", id, body, |body: &types::NetworkInterface| &body.iface_id)?;
     ask(Command::SetNetworkInterface(Box::new(body.try_into()?)))
 }
 
 fn patch_network_interface(id: &str, body: &[u8]) -> Result<Action, Rejection> {
-    check_resource_id("iface_id", id)?;
-    let body: types::PartialNetworkInterface = parse(body)?;
-    check_same_id("iface_id", id, &body.iface_id)?;
+    let body = parse_named("iface_id", id, body, |body: &types::PartialNetworkInterface| &body.iface_id)?;
     ask(Command::UpdateNetworkInterface(body.try_into()?))
-}
-
-fn check_same_id(field: &'static str, path: &str, body: &str) -> Result<(), ConfigError> {
-    if path == body {
-        return Ok(());
-    }
-    Err(ConfigError::IdMismatch { field, path: path.to_owned(), body: body.to_owned() })
 }
 
 /// The body of the answer to a GET; `None` for "done, nothing to say".
@@ -357,30 +346,22 @@ fn commands(json: &[u8]) -> Result<Vec<Command>, Rejection> {
     let mut commands = Vec::new();
     commands.extend(file.logger.map(|body| Command::SetLogger(body.into())));
     commands.extend(file.metrics.map(|body| Command::SetMetrics(body.into())));
-    if let Some(body) = file.machine_config {
-        commands.push(Command::SetMachine(body.try_into()?));
-    }
+    commands.extend(file.machine_config.map(TryInto::try_into).transpose()?.map(Command::SetMachine));
     match file.cpu_config {
         Some(types::CpuConfigSource::Body(body)) => commands.push(Command::SetCpu(body.try_into()?)),
         Some(types::CpuConfigSource::Path(path)) => commands.push(Command::SetCpu(cpu_config_file(path)?)),
         None => {}
     }
-    if let Some(body) = file.boot_source {
-        commands.push(Command::SetBootSource(body.try_into()?));
-    }
+    commands.extend(file.boot_source.map(TryInto::try_into).transpose()?.map(Command::SetBootSource));
     for body in file.drives {
         commands.push(Command::SetDrive(Box::new(body.try_into()?)));
     }
     for body in file.network_interfaces {
         commands.push(Command::SetNetworkInterface(Box::new(body.try_into()?)));
     }
-    if let Some(body) = file.vsock {
-        commands.push(Command::SetVsock(body.try_into()?));
-    }
+    commands.extend(file.vsock.map(TryInto::try_into).transpose()?.map(Command::SetVsock));
     commands.extend(file.serial.map(|body| Command::SetSerial(body.into())));
-    if let Some(body) = file.mmds_config {
-        commands.push(Command::SetMmds(body.try_into()?));
-    }
+    commands.extend(file.mmds_config.map(TryInto::try_into).transpose()?.map(Command::SetMmds));
     Ok(commands)
 }
 

@@ -31,7 +31,7 @@ use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig};
+use crate::config::{MemoryBackend, MmdsConfig, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -288,12 +288,8 @@ impl Vmm {
         for interface in config.network_interfaces {
             commands.push(Command::SetNetworkInterface(Box::new(interface.checked()?)));
         }
-        if let Some(vsock) = config.vsock {
-            commands.push(Command::SetVsock(vsock.checked()?));
-        }
-        if let Some(mmds) = config.mmds {
-            commands.push(Command::SetMmds(mmds.checked()?));
-        }
+        commands.extend(config.vsock.map(VsockConfig::checked).transpose()?.map(Command::SetVsock));
+        commands.extend(config.mmds.map(MmdsConfig::checked).transpose()?.map(Command::SetMmds));
         commands.extend(config.serial.map(Command::SetSerial));
         for command in commands {
             self.execute(command)?;
