@@ -374,8 +374,7 @@ fn instance_id(value: String) -> Result<String, CliError> {
 }
 
 fn level(value: &str) -> Result<log::LevelFilter, CliError> {
-    let level = LogLevel::from_name(value);
-    level.map(Into::into).ok_or_else(|| bad("level", value, "must be Off, Error, Warning, Info, Debug or Trace"))
+    LogLevel::from_name(value).ok_or_else(|| bad("level", value, "must be Off, Error, Warning, Info, Debug or Trace"))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use sandbox::{AllowedPath, LandlockConfig, SandboxConfig, SeccompConfig};
 pub use snapshot::{
-    DriveOverride, MemoryBackend, NetOverride, SnapshotCreate, SnapshotKind, SnapshotLoad, SnapshotReset,
+    DriveOverride, MemoryBackendType, NetOverride, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType,
 };
 pub use vsock::{GuestCid, VsockConfig};
 

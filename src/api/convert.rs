@@ -28,6 +28,9 @@ same_variants! {
     CacheType { Unsafe, Writeback }
     IoEngine { Sync, Async }
     MmdsVersion { V1, V2 }
+    CpuidRegister { Eax, Ebx, Ecx, Edx }
+    SnapshotType { Full, Diff }
+    MemoryBackendType { File, Uffd }
 }
 
 /// Only the template `None` is available.
@@ -275,37 +278,11 @@ impl From<&config::SerialConfig> for types::SerialDevice {
     }
 }
 
-impl From<types::LogLevel> for log::LevelFilter {
-    fn from(level: types::LogLevel) -> Self {
-        match level {
-            types::LogLevel::Off => Self::Off,
-            types::LogLevel::Error => Self::Error,
-            types::LogLevel::Warning => Self::Warn,
-            types::LogLevel::Info => Self::Info,
-            types::LogLevel::Debug => Self::Debug,
-            types::LogLevel::Trace => Self::Trace,
-        }
-    }
-}
-
-impl From<log::LevelFilter> for types::LogLevel {
-    fn from(level: log::LevelFilter) -> Self {
-        match level {
-            log::LevelFilter::Off => Self::Off,
-            log::LevelFilter::Error => Self::Error,
-            log::LevelFilter::Warn => Self::Warning,
-            log::LevelFilter::Info => Self::Info,
-            log::LevelFilter::Debug => Self::Debug,
-            log::LevelFilter::Trace => Self::Trace,
-        }
-    }
-}
-
 impl From<types::Logger> for config::LoggerConfig {
     fn from(body: types::Logger) -> Self {
         Self {
             log_path: body.log_path,
-            level: body.level.map(Into::into),
+            level: body.level.map(|types::LogLevel(level)| level),
             show_level: body.show_level,
             show_log_origin: body.show_log_origin,
             module: body.module,
@@ -317,7 +294,7 @@ impl From<&config::LoggerConfig> for types::Logger {
     fn from(logger: &config::LoggerConfig) -> Self {
         Self {
             log_path: logger.log_path.clone(),
-            level: logger.level.map(Into::into),
+            level: logger.level.map(types::LogLevel),
             show_level: logger.show_level,
             show_log_origin: logger.show_log_origin,
             module: logger.module.clone(),
@@ -402,11 +379,8 @@ impl TryFrom<types::SnapshotCreateParams> for config::SnapshotCreate {
     type Error = ConfigError;
 
     fn try_from(body: types::SnapshotCreateParams) -> Result<Self, ConfigError> {
-        let kind = match body.snapshot_type {
-            types::SnapshotType::Full => config::SnapshotKind::Full,
-            types::SnapshotType::Diff => config::SnapshotKind::Diff,
-        };
-        Self { snapshot_path: body.snapshot_path, mem_file_path: body.mem_file_path, kind, live: body.live }.checked()
+        let (kind, live) = (body.snapshot_type.into(), body.live);
+        Self { snapshot_path: body.snapshot_path, mem_file_path: body.mem_file_path, kind, live }.checked()
     }
 }
 
@@ -416,7 +390,7 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
     fn try_from(body: types::SnapshotLoadParams) -> Result<Self, ConfigError> {
         let (backend, backend_path) = match (body.mem_backend, body.mem_file_path) {
             (Some(from), None) => (from.backend_type.into(), from.backend_path),
-            (None, Some(path)) => (config::MemoryBackend::File, path),
+            (None, Some(path)) => (config::MemoryBackendType::File, path),
             _ => return Err(ConfigError::SnapshotMemory),
         };
         Self {
@@ -433,15 +407,6 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             working_set_path: body.working_set_path,
         }
         .checked()
-    }
-}
-
-impl From<types::MemoryBackendType> for config::MemoryBackend {
-    fn from(backend: types::MemoryBackendType) -> Self {
-        match backend {
-            types::MemoryBackendType::File => Self::File,
-            types::MemoryBackendType::Uffd => Self::Uffd,
-        }
     }
 }
 

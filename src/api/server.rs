@@ -32,7 +32,7 @@ use tokio::time::timeout;
 use super::error::ApiError;
 use super::routes::{self, Action, Ask};
 use super::types;
-use crate::config::SnapshotKind;
+use crate::config::SnapshotType;
 use crate::control::{self, Command, CommandSender, Event, Gone, Subscription};
 use crate::metrics::{self, METRICS};
 use crate::warn_limited;
@@ -270,8 +270,8 @@ impl Server {
             Command::Resume => Some(&METRICS.latencies_us.resume_vm),
             Command::LoadSnapshot(_) => Some(&METRICS.latencies_us.load_snapshot),
             Command::CreateSnapshot(request) => Some(match request.kind {
-                SnapshotKind::Full => &METRICS.latencies_us.full_create_snapshot,
-                SnapshotKind::Diff => &METRICS.latencies_us.diff_create_snapshot,
+                SnapshotType::Full => &METRICS.latencies_us.full_create_snapshot,
+                SnapshotType::Diff => &METRICS.latencies_us.diff_create_snapshot,
             }),
             _ => None,
         };

@@ -6,7 +6,7 @@ use super::{ConfigError, HostDevice, HugePages, MacAddress, OverlayConfig, check
 
 /// What a memory file is to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum SnapshotKind {
+pub enum SnapshotType {
     /// Everything: it can be loaded by itself.
     #[default]
     Full,
@@ -22,7 +22,7 @@ pub struct SnapshotCreate {
     /// The memory file.
     pub mem_file_path: PathBuf,
     /// What it is to hold.
-    pub kind: SnapshotKind,
+    pub kind: SnapshotType,
     /// Of a microVM that runs: it is paused only for what it writes while its memory is copied. A paused one stays so.
     pub live: bool,
 }
@@ -66,7 +66,7 @@ pub struct NetOverride {
 
 /// Where guest memory comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum MemoryBackend {
+pub enum MemoryBackendType {
     /// The memory file is mapped.
     #[default]
     File,
@@ -82,7 +82,7 @@ pub struct SnapshotLoad {
     /// The memory file, or the socket of the page fault handler.
     pub backend_path: PathBuf,
     /// Which of both.
-    pub backend: MemoryBackend,
+    pub backend: MemoryBackendType,
     /// Run at once.
     pub resume_vm: bool,
     /// Keep a record of the pages the guest writes.

@@ -31,7 +31,9 @@ use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Parts, Shell, renew_generation_id};
-use crate::config::{MemoryBackend, MmdsConfig, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig};
+use crate::config::{
+    MemoryBackendType, MmdsConfig, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig,
+};
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::i8042::I8042State;
@@ -219,7 +221,7 @@ impl Vmm {
         };
         let (machine, origin) = self.wake(prepared, request).map_err(refuse)?;
         let files = [&*request.snapshot_path, &*request.backend_path];
-        self.install(machine, if request.backend == MemoryBackend::File { &files } else { &files[..1] })?;
+        self.install(machine, if request.backend == MemoryBackendType::File { &files } else { &files[..1] })?;
         self.origin = Some(origin);
         self.enter(Lifecycle::Paused, Event::Paused);
         self.due.run = request.resume_vm.then_some(Event::Resumed);
@@ -336,7 +338,7 @@ impl Opened {
         }
         let path = load.map_or(&state.mem_file_path, |load| &load.backend_path);
         let identified = identity(&file).map_err(fail)?;
-        if load.is_some_and(|load| load.backend == MemoryBackend::Uffd) {
+        if load.is_some_and(|load| load.backend == MemoryBackendType::Uffd) {
             return Ok(Self { id, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
         }
         let size = state.config.machine.mem_size_mib.saturating_mul(MIB);
@@ -390,7 +392,7 @@ impl Prepared {
 
     /// Whether a load asks for what was prepared.
     fn check(&self, request: &SnapshotLoad) -> Result<(), SnapshotError> {
-        if request.backend != MemoryBackend::File {
+        if request.backend != MemoryBackendType::File {
             return Err(SnapshotError::PreparedOtherwise);
         }
         for (path, expected) in [&request.snapshot_path, &request.backend_path].into_iter().zip(self.files) {

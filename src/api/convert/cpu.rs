@@ -3,28 +3,6 @@
 use super::super::types;
 use crate::config::{self, BitMap, Capability, ConfigError, CpuidModifier, MsrModifier, parse_number};
 
-impl From<types::CpuidRegister> for config::CpuidRegister {
-    fn from(register: types::CpuidRegister) -> Self {
-        match register {
-            types::CpuidRegister::Eax => Self::Eax,
-            types::CpuidRegister::Ebx => Self::Ebx,
-            types::CpuidRegister::Ecx => Self::Ecx,
-            types::CpuidRegister::Edx => Self::Edx,
-        }
-    }
-}
-
-impl From<config::CpuidRegister> for types::CpuidRegister {
-    fn from(register: config::CpuidRegister) -> Self {
-        match register {
-            config::CpuidRegister::Eax => Self::Eax,
-            config::CpuidRegister::Ebx => Self::Ebx,
-            config::CpuidRegister::Ecx => Self::Ecx,
-            config::CpuidRegister::Edx => Self::Edx,
-        }
-    }
-}
-
 impl TryFrom<types::CpuidLeafModifier> for CpuidModifier {
     type Error = ConfigError;
 

@@ -176,7 +176,7 @@ fn a_load_names_its_memory_once() {
         let body = load(&format!(",{memory}"));
         let Ok(Action::Ask(ask)) = route(&Method::PUT, "/snapshot/load", body.as_bytes()) else { panic!("{body}") };
         let Command::LoadSnapshot(request) = ask.command else { panic!("{body}") };
-        assert_eq!((request.backend, request.backend_path.to_str()), (MemoryBackend::File, Some("m")));
+        assert_eq!((request.backend, request.backend_path.to_str()), (MemoryBackendType::File, Some("m")));
         assert_eq!(ask.deprecated, expected, "{body}");
     }
     for body in [load(""), load(&format!(",{BACKEND},{FILE}"))] {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{SnapshotError, State};
-use crate::config::{SnapshotCreate, SnapshotKind, VmConfig};
+use crate::config::{SnapshotCreate, SnapshotType, VmConfig};
 use crate::machine::running::Machine;
 use crate::machine::{Error, layers};
 use crate::random;
@@ -21,11 +21,11 @@ pub fn new_id() -> Result<Id, Error> {
 }
 
 /// What goes into a memory file; `written` since the last snapshot, if that is known.
-pub fn pages_of(kind: SnapshotKind, written: Option<Vec<Vec<u64>>>) -> Pages {
+pub fn pages_of(kind: SnapshotType, written: Option<Vec<Vec<u64>>>) -> Pages {
     match (kind, written) {
-        (SnapshotKind::Full, _) => Pages::All,
-        (SnapshotKind::Diff, Some(written)) => Pages::Noted(written),
-        (SnapshotKind::Diff, None) => Pages::Changed,
+        (SnapshotType::Full, _) => Pages::All,
+        (SnapshotType::Diff, Some(written)) => Pages::Noted(written),
+        (SnapshotType::Diff, None) => Pages::Changed,
     }
 }
 
@@ -82,7 +82,7 @@ impl MemoryFile {
     /// Opens what `request` names for the memory of `machine`.
     pub fn open(request: &SnapshotCreate, machine: &Machine) -> Result<Self, Error> {
         let path = request.mem_file_path.clone();
-        if request.kind == SnapshotKind::Diff && path.exists() {
+        if request.kind == SnapshotType::Diff && path.exists() {
             let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
             let file = file.map_err(|source| file_error("open", &path, source))?;
             let usable = memory::check(&file, machine.ram.size(), None).and_then(|()| memory::hold(&file, true));
@@ -155,7 +155,7 @@ pub fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Er
 
 /// Refuses what would not be the guest, and to write over what the running guest is made of, wherever `request` says.
 pub fn check_request(request: &SnapshotCreate, machine: &Machine, config: &VmConfig) -> Result<(), SnapshotError> {
-    if request.kind == SnapshotKind::Diff && machine.lacks_pages_for_a_diff() {
+    if request.kind == SnapshotType::Diff && machine.lacks_pages_for_a_diff() {
         return Err(SnapshotError::Rewound);
     }
     let layers = layers::paths(config, request);
