@@ -63,11 +63,16 @@ pub enum Report {
     Failure(String),
 }
 
-#[derive(Debug)]
-enum State {
+/// What a vCPU is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Run {
+    /// Waiting for its first wish.
     New,
+    /// Parked.
     Parked,
+    /// In the guest or handling an exit.
     Running,
+    /// Ended, on request (`None`) or with a reason.
     Exited(Option<Report>),
 }
 
@@ -83,7 +88,7 @@ struct Shared {
 #[derive(Debug)]
 struct Inner {
     wish: Wish,
-    state: State,
+    state: Run,
     immediate_exit: ImmediateExit,
     /// The vCPU when its thread has exited: to close it is the vmm thread's part, the thread's filter has no call for it.
     retired: Option<VcpuFd>,
@@ -108,7 +113,7 @@ impl Shared {
     /// The first wish.
     fn first(&self) -> Wish {
         let mut inner = self.lock();
-        while matches!(inner.state, State::New) {
+        while matches!(inner.state, Run::New) {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         inner.wish
@@ -118,10 +123,10 @@ impl Shared {
     fn awaited(&self) -> Wish {
         let mut inner = self.lock();
         while inner.wish == Wish::Park {
-            if matches!(inner.state, State::Parked) {
+            if matches!(inner.state, Run::Parked) {
                 inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
             } else {
-                inner.state = State::Parked;
+                inner.state = Run::Parked;
                 // The vmm thread takes the lock at once, and may have other wishes meanwhile.
                 drop(inner);
                 self.notify_vmm();
@@ -152,17 +157,6 @@ pub struct Vcpu {
     process: u32,
 }
 
-/// What a vCPU is doing, seen from the vmm thread.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Run {
-    /// In the guest or handling an exit.
-    Running,
-    /// Parked.
-    Parked,
-    /// Ended, on request (`None`) or with a reason.
-    Exited(Option<Report>),
-}
-
 impl Vcpu {
     /// Starts the thread of vCPU `id`. `to_vmm` is signalled when it parks or exits. The first wish has it begin with
     /// `confine`; if that fails it exits and says why.
@@ -176,13 +170,7 @@ impl Vcpu {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let shared = Arc::new(Shared {
-            inner: Mutex::new(Inner {
-                wish: Wish::Park,
-                state: State::New,
-                immediate_exit,
-                thread: None,
-                retired: None,
-            }),
+            inner: Mutex::new(Inner { wish: Wish::Park, state: Run::New, immediate_exit, thread: None, retired: None }),
             changed: Condvar::new(),
             to_vmm,
         });
@@ -200,7 +188,7 @@ impl Vcpu {
                         },
                     };
                     let mut inner = shared.lock();
-                    inner.state = State::Exited(report);
+                    inner.state = Run::Exited(report);
                     inner.retired = Some(fd);
                     drop(inner);
                     shared.notify_vmm();
@@ -213,17 +201,17 @@ impl Vcpu {
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
     pub fn wish(&self, wish: Wish) {
         let mut inner = self.shared.lock();
-        let waiting = matches!(inner.state, State::New | State::Parked);
-        if matches!(inner.state, State::Exited(_)) {
+        let waiting = matches!(inner.state, Run::New | Run::Parked);
+        if matches!(inner.state, Run::Exited(_)) {
             return;
         }
         inner.wish = wish;
-        if matches!(inner.state, State::New) {
-            inner.state = State::Parked;
+        if matches!(inner.state, Run::New) {
+            inner.state = Run::Parked;
         }
         if wish == Wish::Run {
             // Seen by the vmm thread at once, so that a park right after it is not taken for done.
-            inner.state = State::Running;
+            inner.state = Run::Running;
         } else {
             // SAFETY: the state is not `Exited` and the lock is held, so the page is mapped.
             unsafe { &*inner.immediate_exit.0 }.store(1, Ordering::SeqCst);
@@ -245,7 +233,7 @@ impl Vcpu {
     /// As [`Vm::second_handle`].
     pub fn second_handle(&self, vm: &Vm) -> Result<Option<VcpuFd>, Error> {
         let inner = self.shared.lock();
-        if !matches!(inner.state, State::New | State::Parked) {
+        if !matches!(inner.state, Run::New | Run::Parked) {
             return Ok(None);
         }
         // SAFETY: the thread cannot exit while the lock is held, so its descriptor is open.
@@ -254,11 +242,7 @@ impl Vcpu {
 
     /// What it is doing.
     pub fn state(&self) -> Run {
-        match &self.shared.lock().state {
-            State::New | State::Parked => Run::Parked,
-            State::Running => Run::Running,
-            State::Exited(report) => Run::Exited(report.clone()),
-        }
+        self.shared.lock().state.clone()
     }
 }
 
@@ -403,7 +387,7 @@ mod tests {
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
                 wish: Wish::Park,
-                state: State::Parked,
+                state: Run::Parked,
                 immediate_exit: page,
                 thread: None,
                 retired: None,

@@ -411,7 +411,7 @@ impl Vmm {
         let mut parked = true;
         for (id, vcpu) in machine.vcpus.iter().enumerate() {
             match vcpu.state() {
-                Run::Parked => {}
+                Run::New | Run::Parked => {}
                 Run::Running => parked = false,
                 Run::Exited(Some(Report::Failure(reason))) => {
                     METRICS.vcpu.failures.inc();
