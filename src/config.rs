@@ -216,12 +216,12 @@ pub struct RateLimiterUpdate {
 }
 
 impl BucketUpdate {
-    /// Changes `bucket`.
-    pub fn apply(self, bucket: &mut Option<TokenBucketConfig>) {
+    /// Changes `bucket`, which `make` makes of its configuration.
+    pub fn apply<B>(self, bucket: &mut Option<B>, make: impl FnOnce(TokenBucketConfig) -> B) {
         match self {
             Self::Keep => {}
             Self::Off => *bucket = None,
-            Self::Set(config) => *bucket = Some(config),
+            Self::Set(config) => *bucket = Some(make(config)),
         }
     }
 }
@@ -229,8 +229,8 @@ impl BucketUpdate {
 impl RateLimiterUpdate {
     /// Changes `limits`.
     pub fn apply(&self, limits: &mut RateLimiterConfig) {
-        self.bandwidth.apply(&mut limits.bandwidth);
-        self.ops.apply(&mut limits.ops);
+        self.bandwidth.apply(&mut limits.bandwidth, |config| config);
+        self.ops.apply(&mut limits.ops, |config| config);
     }
 }
 

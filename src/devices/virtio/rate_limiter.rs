@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::config::{BucketUpdate, RateLimiterConfig, RateLimiterUpdate, TokenBucketConfig};
+use crate::config::{RateLimiterConfig, RateLimiterUpdate, TokenBucketConfig};
 
 /// Longest refill time in ns (292 years): keeps `size × refill time` within 127 bits.
 const MAX_REFILL_NS: u64 = i64::MAX as u64;
@@ -117,13 +117,8 @@ impl Buckets {
     }
 
     fn update(&mut self, update: &RateLimiterUpdate, now: u64) {
-        for (bucket, change) in [(&mut self.bandwidth, &update.bandwidth), (&mut self.ops, &update.ops)] {
-            match change {
-                BucketUpdate::Keep => {}
-                BucketUpdate::Off => *bucket = None,
-                BucketUpdate::Set(config) => *bucket = Some(TokenBucket::new(config, now)),
-            }
-        }
+        update.bandwidth.apply(&mut self.bandwidth, |config| TokenBucket::new(&config, now));
+        update.ops.apply(&mut self.ops, |config| TokenBucket::new(&config, now));
     }
 }
 
@@ -195,6 +190,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::BucketUpdate;
 
     const MS: u64 = 1_000_000;
     const DAY_MS: u64 = 86_400_000;
