@@ -21,7 +21,7 @@ pub fn fill(
     config: &VmConfig,
     topology: Topology,
 ) -> Result<(), Error> {
-    let devices: Vec<_> = (0..shell.bus.virtio().len()).filter_map(MmioDevice::nth).collect();
+    let devices: Vec<_> = (0..shell.kicks.len()).filter_map(MmioDevice::nth).collect();
     let root = config.drives.first().filter(|drive| drive.is_root_device);
     let cmdline = cmdline::build(source.boot_args.as_deref(), root, &devices)?;
     let mapping = source.image_mapping.unwrap_or_default();

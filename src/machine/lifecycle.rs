@@ -333,18 +333,12 @@ impl Vmm {
             return Err(Error::NoBootSource);
         };
         let layout = Layout::from(&self.config);
-        let shell = self.shell(&layout)?;
-        fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
-        Machine::assemble(shell, self.console()?, &self.host)
-    }
-
-    /// A machine without content, with the devices that are configured.
-    fn shell(&self, layout: &Layout) -> Result<Shell, Error> {
         let devices = self.devices()?;
-        let mut shell = Shell::new(layout, devices.len(), self.boot_timer.clone(), self.host.kvm.as_ref())?;
-        let kicks = std::mem::take(&mut shell.kicks);
-        shell.sockets().plug(devices, kicks)?;
-        Ok(shell)
+        let shell = Shell::new(&layout, devices.len(), self.boot_timer.clone(), self.host.kvm.as_ref())?;
+        fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
+        let mut machine = Machine::assemble(shell, self.console()?, &self.host)?;
+        machine.plug(devices)?;
+        Ok(machine)
     }
 
     /// The devices that are configured.

@@ -10,13 +10,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::console::Console;
 use super::files::Host;
 use super::populate::Populating;
-use super::shell::{Parts, Shell, Sockets};
+use super::shell::Shell;
 use super::snapshot::SnapshotError;
 use super::{Error, chain};
 use crate::devices::bus::Bus;
-use crate::devices::virtio::Windows;
+use crate::devices::virtio::{Device, VirtioMmio, Windows};
 use crate::kvm::{Kvm, Vcpu, Vm, Wish};
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, GuestRam, MmioDevice};
 use crate::sandbox::Confining;
 use crate::sandbox::seccomp::ThreadKind;
 use crate::snapshot::memory::Pristine;
@@ -44,6 +44,8 @@ pub struct Machine {
     /// A reset has taken pages back since.
     rewound: bool,
     windows: Windows,
+    /// QueueNotify registers of devices that are not plugged in yet.
+    kicks: Vec<EventFd>,
     /// Whether [`Self::provide`] has opened these three, as far as the host let it.
     provided: bool,
     pagemap: Option<Pagemap>,
@@ -54,9 +56,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU.
+    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU. It lacks virtio devices.
     pub fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
-        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks: _, vcpu_event, confining } = shell;
+        let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event, confining } = shell;
         let vcpus = (0..)
             .zip(vcpu_fds)
             .map(|(id, fd)| {
@@ -69,10 +71,8 @@ impl Machine {
                 Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
             })
             .collect::<Result<_, _>>()?;
-        let handles = Vec::new();
-        let (populating, handler_gone) = (None, None);
         Ok(Self {
-            handles,
+            handles: Vec::new(),
             vcpus,
             vcpu_event,
             bus,
@@ -80,12 +80,13 @@ impl Machine {
             kvm,
             vm,
             ram,
-            populating,
-            handler_gone,
+            populating: None,
+            handler_gone: None,
             has_base: false,
             saved: false,
             rewound: false,
             windows,
+            kicks,
             provided: false,
             pagemap: None,
             pristine: None,
@@ -117,14 +118,20 @@ impl Machine {
         }
     }
 
-    /// Where its devices go.
-    pub fn sockets(&self) -> Sockets<'_> {
-        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
-    }
-
-    /// What of it has a state; only once there are handles.
-    pub fn parts(&self) -> Parts<'_> {
-        Parts { vcpus: &self.handles, bus: &self.bus, vm: &self.vm, ram: &self.ram }
+    /// Puts the virtio devices in, once.
+    pub fn plug(&mut self, devices: Vec<Device>) -> Result<(), Error> {
+        let mut plugged = Vec::with_capacity(devices.len());
+        for (index, (device, kick)) in devices.into_iter().zip(std::mem::take(&mut self.kicks)).enumerate() {
+            let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
+            let window = self.windows.get(index).ok_or(Error::TooManyDevices)?;
+            let line = Box::new({
+                let vm = Arc::clone(&self.vm);
+                move || vm.pulse(place.irq)
+            });
+            plugged.push(Arc::new(VirtioMmio::new(device, self.ram.memory().clone(), line, window, kick)));
+        }
+        let _ = self.bus.slots.set(plugged);
+        Ok(())
     }
 
     /// Which pages were written, by the guest or by this process, since the last call or the start; a bit

@@ -12,7 +12,7 @@ use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
 use crate::devices::serial::{COM1_IRQ, Serial};
-use crate::devices::virtio::{Device, INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
+use crate::devices::virtio::{INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
 use crate::kvm::x86_64::cpuid::Topology;
 use crate::kvm::{self, Kvm, Vm};
 use crate::memory::{self, GuestRam, MmioDevice, VM_GENERATION_ID};
@@ -118,25 +118,6 @@ impl Shell {
     }
 }
 
-/// What of a machine has a state, besides its RAM's content.
-pub struct Parts<'a> {
-    /// The vCPUs, none of which runs.
-    pub vcpus: &'a [kvm_ioctls::VcpuFd],
-    /// The devices.
-    pub bus: &'a Bus,
-    /// Interrupt controllers, timer and clock.
-    pub vm: &'a Vm,
-    /// RAM.
-    pub ram: &'a GuestRam,
-}
-
-impl Shell {
-    /// Where its devices go.
-    pub fn sockets(&self) -> Sockets<'_> {
-        Sockets { ram: &self.ram, vm: &self.vm, windows: &self.windows, bus: &self.bus }
-    }
-}
-
 /// Gives the guest a generation ID that no other has.
 pub fn renew_generation_id(ram: &GuestRam) -> Result<(), Error> {
     let id = random::bytes().map_err(|source| Error::Event("draw random bytes", source))?;
@@ -161,36 +142,6 @@ fn wire_virtio(vm: &Vm, index: usize, swallowed: &EventFd) -> Result<EventFd, Er
     vm.register_ioeventfd(&kick, place.base + VirtioMmio::NOTIFY_OFFSET)?;
     vm.swallow(swallowed, place.base + VirtioMmio::ACKNOWLEDGE_OFFSET, INTERRUPT_USED_BUFFER)?;
     Ok(kick)
-}
-
-/// Where devices are plugged in.
-pub struct Sockets<'a> {
-    /// Guest RAM.
-    pub ram: &'a GuestRam,
-    /// The VM.
-    pub vm: &'a Arc<Vm>,
-    /// The devices' registers.
-    pub windows: &'a Windows,
-    /// Where accesses are sent from.
-    pub bus: &'a Bus,
-}
-
-impl Sockets<'_> {
-    /// Puts the devices in, once; `kicks` are those of the shell.
-    pub fn plug(&self, devices: Vec<Device>, kicks: Vec<EventFd>) -> Result<(), Error> {
-        let mut plugged = Vec::with_capacity(devices.len());
-        for (index, (device, kick)) in devices.into_iter().zip(kicks).enumerate() {
-            let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
-            let window = self.windows.get(index).ok_or(Error::TooManyDevices)?;
-            let line = Box::new({
-                let vm = Arc::clone(self.vm);
-                move || vm.pulse(place.irq)
-            });
-            plugged.push(Arc::new(VirtioMmio::new(device, self.ram.memory().clone(), line, window, kick)));
-        }
-        let _ = self.bus.slots.set(plugged);
-        Ok(())
-    }
 }
 
 fn event(flags: i32) -> Result<EventFd, Error> {

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
 
 pub use self::error::SnapshotError;
 use self::files::{Files, MemoryFile, check_request, new_id, pages_of};
@@ -30,7 +29,7 @@ use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
 use super::populate::{Populating, map_ahead};
 use super::running::Machine;
-use super::shell::{Layout, Parts, Shell, renew_generation_id};
+use super::shell::{Layout, Shell, renew_generation_id};
 use crate::config::{
     MemoryBackendType, MmdsConfig, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig,
 };
@@ -102,21 +101,21 @@ impl State {
         Ok(())
     }
 
-    /// The rest: devices, clocks, and what makes this guest another than the one that was saved.
-    fn wake(&self, parts: &Parts<'_>, realtime: bool) -> Result<(), Error> {
-        same("virtio devices", self.virtio.len(), parts.bus.virtio().len())?;
+    /// The rest: devices, clocks, and what makes this guest another than the one that was saved. There are handles.
+    fn wake(&self, machine: &Machine, realtime: bool) -> Result<(), Error> {
+        same("virtio devices", self.virtio.len(), machine.bus.virtio().len())?;
         // The interrupt controllers of the VM come first: local APICs refer to them.
-        parts.vm.restore(&self.vm, realtime)?;
-        for (state, vcpu) in self.vcpus.iter().zip(parts.vcpus) {
+        machine.vm.restore(&self.vm, realtime)?;
+        for (state, vcpu) in self.vcpus.iter().zip(&machine.handles) {
             state.restore_time(vcpu)?;
         }
-        parts.bus.serial().restore(&self.serial);
-        parts.bus.i8042().restore(&self.i8042);
-        for (index, (device, state)) in parts.bus.virtio().iter().zip(&self.virtio).enumerate() {
+        machine.bus.serial().restore(&self.serial);
+        machine.bus.i8042().restore(&self.i8042);
+        for (index, (device, state)) in machine.bus.virtio().iter().zip(&self.virtio).enumerate() {
             device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
         }
-        renew_generation_id(parts.ram)?;
-        parts.vm.pulse(VM_GENERATION_IRQ);
+        renew_generation_id(&machine.ram)?;
+        machine.vm.pulse(VM_GENERATION_IRQ);
         Ok(())
     }
 
@@ -230,10 +229,10 @@ impl Vmm {
 
     /// Gives a prepared machine its devices and starts its clocks.
     fn wake(&self, prepared: Prepared, request: &SnapshotLoad) -> Result<(Machine, Origin), Error> {
-        let Prepared { id, state, mut machine, kicks, .. } = prepared;
+        let Prepared { id, state, mut machine, .. } = prepared;
         let devices = self.devices()?;
         same("virtio devices", state.virtio.len(), devices.len())?;
-        machine.sockets().plug(devices, kicks)?;
+        machine.plug(devices)?;
         machine.console = self.console()?;
         machine.has_base = true;
         if let Some(path) = &request.working_set_path {
@@ -242,7 +241,7 @@ impl Vmm {
             let confining = machine.confining.thread();
             machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone(), confining)?);
         }
-        state.wake(&machine.parts(), request.clock_realtime)?;
+        state.wake(&machine, request.clock_realtime)?;
         Ok((machine, Origin { state, realtime: request.clock_realtime }))
     }
 
@@ -371,7 +370,6 @@ pub struct Prepared {
     files: [Identity; 2],
     layout: Layout,
     machine: Machine,
-    kicks: Vec<EventFd>,
 }
 
 impl Prepared {
@@ -383,11 +381,10 @@ impl Prepared {
             Memory::Handler(path) => Some(handler::attach(&path, &mut shell, host.sandbox.clone())?),
         };
         state.apply(&shell.vcpu_fds)?;
-        let kicks = std::mem::take(&mut shell.kicks);
         let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
         machine.handler_gone = handler_gone;
         machine.take_handles()?;
-        Ok(Self { id, state, files, layout, machine, kicks })
+        Ok(Self { id, state, files, layout, machine })
     }
 
     /// Whether a load asks for what was prepared.
@@ -414,7 +411,7 @@ impl Origin {
         layers::clear(machine)?;
         machine.take_handles()?;
         self.state.apply(&machine.handles)?;
-        self.state.wake(&machine.parts(), self.realtime)
+        self.state.wake(machine, self.realtime)
     }
 }
 
