@@ -23,8 +23,8 @@ const STACK_SIZE: usize = 64 << 10;
 
 /// Has the handler at `path` serve the shell's RAM; what is returned is signalled when it is gone.
 pub fn attach(path: &Path, shell: &mut Shell, sandbox: Sandbox) -> Result<Arc<EventFd>, Error> {
-    let fail = |source| SnapshotError::Handler { path: path.to_owned(), source };
-    let handler = Handler::connect(path, &shell.ram).map_err(fail)?;
+    let handler = Handler::connect(path, &shell.ram);
+    let handler = handler.map_err(SnapshotError::unusable("the page fault handler at", path))?;
     shell.ram.set_served();
     let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let gone = Arc::new(event.map_err(|source| Error::Event("create an eventfd", source))?);

@@ -40,10 +40,9 @@ pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<
             return Ok::<_, Error>(());
         }
         let path = &layer_path(&request.snapshot_path, drive.drive_id());
-        let fail = |what| move |source| file_error(what, path, source);
-        let draft = Draft::create(path).map_err(fail("create"))?;
+        let draft = Draft::create(path).map_err(file_error("create", path))?;
         drive.copy_overlay(draft.file(), id).map_err(SnapshotError::Layer)?;
-        draft.sync().map_err(fail("write"))?;
+        draft.sync().map_err(file_error("write", path))?;
         drafts.push((path.clone(), draft));
         Ok(())
     })?;
@@ -52,8 +51,7 @@ pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<
 
 /// Puts the layers in their places.
 pub fn publish(layers: Vec<(PathBuf, Draft)>) -> Result<(), Error> {
-    let publish =
-        |(path, layer): (PathBuf, Draft)| layer.publish().map_err(|source| file_error("create", &path, source));
+    let publish = |(path, layer): (PathBuf, Draft)| layer.publish().map_err(file_error("create", &path));
     layers.into_iter().try_for_each(publish)
 }
 

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use self::error::MEMORY_FILE;
 pub use self::error::SnapshotError;
 use self::files::{Files, MemoryFile, check_request, new_id, pages_of};
 use super::Error;
@@ -352,14 +353,13 @@ impl Opened {
 
 fn read_working_set(path: &Path, id: Id, size: u64) -> Result<Vec<Run>, Error> {
     let file = open_image("working_set_path", path)?;
-    let fail = |source| SnapshotError::WorkingSet { path: path.to_owned(), source };
-    Ok(working_set::read(&file, id, size).map_err(fail)?)
+    Ok(working_set::read(&file, id, size).map_err(SnapshotError::unusable("working_set_path", path))?)
 }
 
 fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {
     let file = open_image("mem_file_path", path)?;
     let usable = memory::check(&file, size, Some(id)).and_then(|()| memory::hold(&file, false));
-    usable.map_err(|source| SnapshotError::Memory { path: path.to_owned(), source })?;
+    usable.map_err(SnapshotError::unusable(MEMORY_FILE, path))?;
     Ok(file)
 }
 
@@ -405,7 +405,7 @@ impl Prepared {
 
 impl Origin {
     fn reset(&self, machine: &mut Machine) -> Result<(), Error> {
-        let fail = |source| SnapshotError::Memory { path: "of the snapshot".into(), source };
+        let fail = SnapshotError::unusable(MEMORY_FILE, Path::new("of the snapshot"));
         let pristine = machine.pristine.as_ref().ok_or(SnapshotError::NoOrigin)?;
         memory::take_back(&machine.ram, pristine, machine.pagemap()?).map_err(fail)?;
         layers::clear(machine)?;
@@ -424,8 +424,8 @@ pub fn read_state(path: &Path) -> Result<(Id, Box<State>), SnapshotError> {
 }
 
 fn open_state(path: &Path) -> Result<(File, Id, Box<State>), SnapshotError> {
-    let fail = |source| SnapshotError::Format { path: path.to_owned(), source };
-    let (file, content) = format::read(path).map_err(fail)?;
-    let (header, state) = format::decode(&content).map_err(fail)?;
+    let fail = SnapshotError::unusable("snapshot_path", path);
+    let (file, content) = format::read(path).map_err(&fail)?;
+    let (header, state) = format::decode(&content).map_err(&fail)?;
     Ok((file, header.id, state))
 }

@@ -1,47 +1,25 @@
 //! What can be wrong with a snapshot.
 
-use std::path::PathBuf;
+use std::error::Error;
+use std::path::{Path, PathBuf};
 
-use crate::snapshot::{format, memory, uffd, working_set};
+/// What a memory file is called where it cannot be used.
+pub(super) const MEMORY_FILE: &str = "the memory file";
 
 /// Why a snapshot cannot be made or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// The state file is none.
-    #[error("snapshot_path {path:?} cannot be used")]
-    Format {
-        /// The file.
+    /// The state file, the memory file or the working set is none, or another snapshot's, or cannot be written; or
+    /// nobody serves guest memory.
+    #[error("{what} {path:?} cannot be used")]
+    Unusable {
+        /// Which of them.
+        what: &'static str,
+        /// The file, or the socket.
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: format::Error,
-    },
-    /// The memory file is none, or not this snapshot's, or cannot be written.
-    #[error("the memory file {path:?} cannot be used")]
-    Memory {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: memory::Error,
-    },
-    /// The working set is none, or not this snapshot's.
-    #[error("working_set_path {path:?} cannot be used")]
-    WorkingSet {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: working_set::Error,
-    },
-    /// Nobody serves guest memory.
-    #[error("the page fault handler at {path:?} cannot be used")]
-    Handler {
-        /// Its socket.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: uffd::Error,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// A page that was given up would come back as whatever the handler thinks.
     #[error(
@@ -123,4 +101,11 @@ pub enum SnapshotError {
     /// A vCPU has ended.
     #[error("vCPU {0} has ended and has no state")]
     Ended(usize),
+}
+
+impl SnapshotError {
+    /// [`Self::Unusable`], for its cause.
+    pub fn unusable<E: Error + Send + Sync + 'static>(what: &'static str, path: &Path) -> impl Fn(E) -> Self {
+        move |source| Self::Unusable { what, path: path.to_owned(), source: source.into() }
+    }
 }

@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::error::MEMORY_FILE;
 use super::{SnapshotError, State};
 use crate::config::{SnapshotCreate, SnapshotType, VmConfig};
 use crate::machine::running::Machine;
@@ -41,21 +42,20 @@ impl Files {
     pub fn draft(machine: &mut Machine, config: &VmConfig, request: &SnapshotCreate, id: Id) -> Result<Self, Error> {
         let state = State::save(machine, config, &request.mem_file_path)?;
         let path = request.snapshot_path.clone();
-        let content =
-            format::encode(id, &state).map_err(|source| SnapshotError::Format { path: path.clone(), source })?;
-        let state = Draft::create(&path).map_err(|source| file_error("create", &path, source))?;
-        state.file().write_all_at(&content, 0).map_err(|source| file_error("write", &path, source))?;
+        let content = format::encode(id, &state).map_err(SnapshotError::unusable("snapshot_path", &path))?;
+        let state = Draft::create(&path).map_err(file_error("create", &path))?;
+        state.file().write_all_at(&content, 0).map_err(file_error("write", &path))?;
         Ok(Self { path, state, layers: layers::write(machine, request, id)? })
     }
 
     /// Has all of it on disk, and then in place.
     pub fn publish(self, memory: MemoryFile) -> Result<(), Error> {
         let Self { path, state, layers } = self;
-        state.sync().map_err(|source| file_error("write", &path, source))?;
+        state.sync().map_err(file_error("write", &path))?;
         let previous = memory::previous(&memory.path);
         memory.publish(&path)?;
         layers::publish(layers)?;
-        state.publish().map_err(|source| file_error("create", &path, source))?;
+        state.publish().map_err(file_error("create", &path))?;
         // There is none if nothing was replaced.
         let _ = fs::remove_file(previous);
         Ok(())
@@ -84,12 +84,12 @@ impl MemoryFile {
         let path = request.mem_file_path.clone();
         if request.kind == SnapshotType::Diff && path.exists() {
             let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
-            let file = file.map_err(|source| file_error("open", &path, source))?;
+            let file = file.map_err(file_error("open", &path))?;
             let usable = memory::check(&file, machine.ram.size(), None).and_then(|()| memory::hold(&file, true));
-            usable.map_err(|source| SnapshotError::Memory { path: path.clone(), source })?;
+            usable.map_err(SnapshotError::unusable(MEMORY_FILE, &path))?;
             return Ok(Self { path, place: Place::Base(file) });
         }
-        let draft = Draft::create(&path).map_err(|source| file_error("create", &path, source))?;
+        let draft = Draft::create(&path).map_err(file_error("create", &path))?;
         Ok(Self { path, place: Place::Draft(draft) })
     }
 
@@ -114,24 +114,22 @@ impl MemoryFile {
 
     /// What went wrong with it.
     pub fn error(&self, source: memory::Error) -> SnapshotError {
-        SnapshotError::Memory { path: self.path.clone(), source }
+        SnapshotError::unusable(MEMORY_FILE, &self.path)(source)
     }
 
     /// Has it on disk and in place. What is there and goes with the state file at `state` stays aside until that is
     /// replaced, too: there is always a snapshot.
     fn publish(self, state: &Path) -> Result<(), Error> {
         let Self { path, place } = self;
-        let path = path.as_path();
-        let fail = |what| move |source| file_error(what, path, source);
         let draft = match place {
-            Place::Base(file) => return file.sync_all().map_err(fail("write")),
+            Place::Base(file) => return file.sync_all().map_err(file_error("write", &path)),
             Place::Draft(draft) => draft,
         };
-        draft.sync().map_err(fail("write"))?;
-        if go_together(state, path) {
-            fs::rename(path, memory::previous(path)).map_err(fail("put aside"))?;
+        draft.sync().map_err(file_error("write", &path))?;
+        if go_together(state, &path) {
+            fs::rename(&path, memory::previous(&path)).map_err(file_error("put aside", &path))?;
         }
-        draft.publish().map_err(fail("create"))
+        draft.publish().map_err(file_error("create", &path))
     }
 }
 
@@ -144,8 +142,8 @@ fn go_together(state: &Path, memory: &Path) -> bool {
 }
 
 /// A snapshot's file cannot be written; maybe because its directory was given up.
-pub fn file_error(what: &'static str, path: &Path, source: std::io::Error) -> Error {
-    match source.kind() {
+pub fn file_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| match source.kind() {
         ErrorKind::PermissionDenied if restricts_paths() => {
             Error::OutOfReach { what: "the snapshot's file", path: path.to_owned(), source }
         }
