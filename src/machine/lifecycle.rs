@@ -480,8 +480,8 @@ impl Vmm {
     }
 }
 
-pub(super) fn refuse(error: Error) -> Refusal {
-    Refusal(format!("{}.", chain(&error)))
+pub(super) fn refuse(error: impl Into<Error>) -> Refusal {
+    Refusal(format!("{}.", chain(&error.into())))
 }
 
 pub(super) fn watch(source: io::Error) -> Error {

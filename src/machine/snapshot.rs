@@ -203,17 +203,17 @@ impl Vmm {
     pub(super) fn load_snapshot(&mut self, request: &SnapshotLoad) -> Result<(), Refusal> {
         let prepared = match self.prepared.take() {
             Some(prepared) => {
-                prepared.check(request).map_err(|error| refuse(error.into()))?;
-                let config = prepared.state.overridden(request, prepared.id).map_err(|error| refuse(error.into()))?;
+                prepared.check(request).map_err(refuse)?;
+                let config = prepared.state.overridden(request, prepared.id).map_err(refuse)?;
                 if Layout::from(&config) != prepared.layout {
-                    return Err(refuse(SnapshotError::PreparedOtherwise.into()));
+                    return Err(refuse(SnapshotError::PreparedOtherwise));
                 }
                 self.configure_again(config)?;
                 prepared
             }
             None => {
                 let snapshot = Opened::open(&request.snapshot_path, Some(request)).map_err(refuse)?;
-                let config = snapshot.state.overridden(request, snapshot.id).map_err(|error| refuse(error.into()))?;
+                let config = snapshot.state.overridden(request, snapshot.id).map_err(refuse)?;
                 self.configure_again(config)?;
                 let layout = Layout::from(&self.config);
                 Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?
@@ -249,18 +249,18 @@ impl Vmm {
     /// Whether a reset would be right.
     pub(super) fn check_reset(&self, request: &SnapshotReset) -> Result<(), Refusal> {
         let (Some(machine), Some(_)) = (&self.machine, &self.origin) else {
-            return Err(refuse(SnapshotError::NoOrigin.into()));
+            return Err(refuse(SnapshotError::NoOrigin));
         };
         if machine.ram.is_served() {
-            return Err(refuse(SnapshotError::Served.into()));
+            return Err(refuse(SnapshotError::Served));
         }
-        machine.pagemap().map_err(|error| refuse(error.into()))?;
+        machine.pagemap().map_err(refuse)?;
         if machine.pristine.is_none() {
-            return Err(refuse(SnapshotError::NoOrigin.into()));
+            return Err(refuse(SnapshotError::NoOrigin));
         }
         match self.config.drives.iter().find(|drive| !drive.is_read_only && drive.overlay.is_none()) {
             Some(drive) if !request.keep_drive_writes => {
-                Err(refuse(SnapshotError::WritableDrive(drive.drive_id.clone()).into()))
+                Err(refuse(SnapshotError::WritableDrive(drive.drive_id.clone())))
             }
             _ => Ok(()),
         }
