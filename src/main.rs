@@ -92,9 +92,8 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
         Some(ApiSocket::Path(path)) => Some(path.clone()),
         _ => None,
     };
-    let prepared = prepare(&options, Host { kvm, proc, api_socket, sandbox: sandbox.clone() });
+    let prepared = prepare(&options, Host { kvm, proc, passed, api_socket, sandbox: sandbox.clone() });
     let (mut vmm, sender, events) = prepared.unwrap_or_else(|error| fail(FAILURE, chain(error.as_ref())));
-    vmm.declare(passed);
     configure(&mut vmm, &options);
     if let Some(path) = &options.prepare
         && let Err(refusal) = vmm.prepare(path, options.working_set_path.as_deref())

@@ -45,7 +45,7 @@ impl Vmm {
             Command::SetNetworkInterface(interface) => {
                 let mut config = self.config.clone();
                 config.set_network_interface((*interface).clone())?;
-                self.files.set_interface(&interface).map_err(refuse)?;
+                self.files.set_interface(&interface, &self.host.passed).map_err(refuse)?;
                 self.config = config;
             }
             Command::UpdateNetworkInterface(update) => {

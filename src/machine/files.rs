@@ -23,6 +23,8 @@ pub struct Host {
     pub kvm: Option<OwnedFd>,
     /// `/proc/self`, if the launcher passed it in.
     pub proc: Option<OwnedFd>,
+    /// What else it passed in, under its own number: a configuration may name it.
+    pub passed: Vec<OwnedFd>,
     /// The API's socket, if it is to be removed at the end.
     pub api_socket: Option<PathBuf>,
     /// What its threads give up.
@@ -40,8 +42,6 @@ pub struct Files {
     pub serial: Option<File>,
     drives: HashMap<String, Backend>,
     interfaces: HashMap<String, (HostDevice, Tap)>,
-    /// What the launcher passed in, under its own number.
-    passed: Vec<OwnedFd>,
 }
 
 impl Files {
@@ -68,13 +68,9 @@ impl Files {
         self.drives.get(id).map(Backend::try_clone)
     }
 
-    /// Descriptors that a configuration may name.
-    pub fn declare(&mut self, passed: Vec<OwnedFd>) {
-        self.passed = passed;
-    }
-
-    /// Opens the TAP of an interface. One that it has already is kept: a TAP opens once.
-    pub fn set_interface(&mut self, interface: &NetConfig) -> Result<(), Error> {
+    /// Opens the TAP of an interface, or takes one that was `passed` in. One that it has already is kept: a TAP opens
+    /// once.
+    pub fn set_interface(&mut self, interface: &NetConfig, passed: &[OwnedFd]) -> Result<(), Error> {
         let id = &interface.iface_id;
         if self.interfaces.get(id).is_some_and(|(device, _)| *device == interface.host_device) {
             return Ok(());
@@ -87,7 +83,7 @@ impl Files {
                 if let Some((other, _)) = user {
                     return Err(Error::DescriptorInUse { id: id.clone(), fd: *fd, other: other.clone() });
                 }
-                let passed = self.passed.iter().find(|passed| passed.as_raw_fd() == *fd);
+                let passed = passed.iter().find(|passed| passed.as_raw_fd() == *fd);
                 let passed = passed.ok_or_else(|| Error::Undeclared { id: id.clone(), fd: *fd })?;
                 Tap::adopt(passed.as_fd()).map_err(fail)?
             }
@@ -114,11 +110,6 @@ impl Files {
             .transpose()?;
         Ok(())
     }
-
-    /// What the machine has taken over is not needed any more.
-    pub fn clear(&mut self) {
-        *self = Self::default();
-    }
 }
 
 /// What stays in reach once the machine runs: the directories of drives, where another file may take the place of the one
@@ -140,9 +131,7 @@ pub fn grants(config: &VmConfig, snapshot: &[&Path]) -> Grants {
 
 /// Opens a drive's backing file: raw, never probed, a regular file or a block device.
 pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Error> {
-    open("path_on_host", path, !read_only, "it must be a regular file or a block device", |kind| {
-        kind.is_file() || kind.is_block_device()
-    })
+    open(OpenOptions::new().read(true).write(!read_only), "path_on_host", path, true)
 }
 
 /// Opens what takes a drive's writes, and what a snapshot's guest wrote.
@@ -151,9 +140,7 @@ fn open_overlay(overlay: &OverlayConfig) -> Result<OverlayFiles, Error> {
         Some(path) => {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let upper =
-                open_with(&mut options, "layer_path", path, "it must be a regular file", |kind| kind.is_file())?;
-            (upper, Some(open_image("layer_path", path)?))
+            (open(&mut options, "layer_path", path, false)?, Some(open_image("layer_path", path)?))
         }
         None => (temporary_file()?, None),
     };
@@ -177,33 +164,20 @@ fn temporary_file() -> Result<File, Error> {
 
 /// Opens an image to be read: a regular file.
 pub fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
-    open(what, path, false, "it must be a regular file", |kind| kind.is_file())
+    open(OpenOptions::new().read(true), what, path, false)
 }
 
-fn open(
-    what: &'static str,
-    path: &Path,
-    write: bool,
-    wanted: &'static str,
-    fits: fn(std::fs::FileType) -> bool,
-) -> Result<File, Error> {
-    open_with(OpenOptions::new().read(true).write(write), what, path, wanted, fits)
-}
-
-fn open_with(
-    options: &mut OpenOptions,
-    what: &'static str,
-    path: &Path,
-    wanted: &'static str,
-    fits: fn(std::fs::FileType) -> bool,
-) -> Result<File, Error> {
+/// Opens a regular file, or a block device if that will do as well.
+fn open(options: &mut OpenOptions, what: &'static str, path: &Path, or_device: bool) -> Result<File, Error> {
     let fail = |source| unopened(what, path, source);
     // Without O_NONBLOCK a FIFO would hold up the vmm thread; regular files do not care.
     let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
-    if !fits(file.metadata().map_err(fail)?.file_type()) {
-        return Err(Error::Kind { what, path: path.to_owned(), wanted });
+    let kind = file.metadata().map_err(fail)?.file_type();
+    if kind.is_file() || or_device && kind.is_block_device() {
+        return Ok(file);
     }
-    Ok(file)
+    let wanted = if or_device { "it must be a regular file or a block device" } else { "it must be a regular file" };
+    Err(Error::Kind { what, path: path.to_owned(), wanted })
 }
 
 fn unopened(what: &'static str, path: &Path, source: io::Error) -> Error {

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -171,11 +171,6 @@ impl Vmm {
         })
     }
 
-    /// Descriptors that a configuration may name, with the numbers the launcher knows them by.
-    pub fn declare(&mut self, passed: Vec<OwnedFd>) {
-        self.files.declare(passed);
-    }
-
     /// Serves commands and devices until the microVM ends.
     pub fn run(&mut self) -> Ending {
         self.follow_up();
@@ -301,7 +296,8 @@ impl Vmm {
     /// need; `snapshot` are the files it came from.
     pub(super) fn install(&mut self, machine: Machine, snapshot: &[&Path]) -> Result<(), Refusal> {
         self.watch_machine(&machine).map_err(refuse)?;
-        self.files.clear();
+        // What the machine has taken over is not needed any more.
+        self.files = Files::default();
         self.machine.insert(machine).console.open_input(&self.events);
         let mut grants = files::grants(&self.config, snapshot);
         if let Some(socket) = &self.host.api_socket {
