@@ -10,7 +10,7 @@ use super::{Error, lifecycle::refuse};
 use crate::config::{DriveUpdate, NetUpdate, VmConfig};
 use crate::control::Refusal;
 use crate::devices::bus::Bus;
-use crate::devices::virtio::{Block, ConfigChange, Device, Net, VirtioMmio, Vsock, block};
+use crate::devices::virtio::{Block, Device, Net, VirtioMmio, Vsock, block};
 use crate::metrics;
 use crate::mmds::{self, Endpoint};
 
@@ -62,11 +62,9 @@ fn device_at(bus: Option<&Bus>, index: usize) -> Option<&VirtioMmio> {
 /// The first of `each`.
 pub fn each_drive<E>(bus: &Bus, mut each: impl FnMut(&mut Block) -> Result<(), E>) -> Result<(), E> {
     bus.virtio().iter().try_for_each(|device| {
-        device.update(|device| {
-            if let Device::Block(block) = device {
-                each(block)?;
-            }
-            Ok(ConfigChange::Unchanged)
+        device.update(|device| match device {
+            Device::Block(block) => each(block),
+            _ => Ok(()),
         })
     })
 }
@@ -91,20 +89,19 @@ pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpda
             return Err(refused(block::Error::HasOverlay { drive: update.drive_id.clone() }));
         }
         let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
-        device
-            .update(|device| match device {
-                Device::Block(block) => block.update_backend(file).map(|()| ConfigChange::Changed),
-                _ => Ok(ConfigChange::Unchanged),
-            })
-            .map_err(refused)?;
+        let updated = device.update(|device| match device {
+            Device::Block(block) => block.update_backend(file),
+            _ => Ok(()),
+        });
+        updated.map_err(refused)?;
+        device.config_changed();
         drive.path_on_host.clone_from(path);
     }
     if let Some(limits) = &update.rate_limiter {
-        let Ok(()) = device.update(|device| {
+        device.update(|device| {
             if let Device::Block(block) = device {
                 block.update_rate_limiter(limits);
             }
-            Ok::<_, Infallible>(ConfigChange::Unchanged)
         });
         limits.apply(&mut drive.rate_limiter);
     }
@@ -116,11 +113,10 @@ pub fn update_interface(config: &mut VmConfig, bus: Option<&Bus>, update: &NetUp
     let unknown = || Refusal(format!("iface_id {:?} names no interface: see GET /vm/config", update.iface_id));
     let position = config.network_interfaces.iter().position(|i| i.iface_id == update.iface_id).ok_or_else(unknown)?;
     let device = device_at(bus, config.drives.len() + position).ok_or_else(unknown)?;
-    let Ok(()) = device.update(|device| {
+    device.update(|device| {
         if let Device::Net(net) = device {
             net.update_rate_limiters(update);
         }
-        Ok::<_, Infallible>(ConfigChange::Unchanged)
     });
     let interface = &mut config.network_interfaces[position];
     update.rx_rate_limiter.apply(&mut interface.rx_rate_limiter);

@@ -130,21 +130,19 @@ impl VirtioMmio {
         }
     }
 
-    /// Changes the device while nothing is in flight (vmm thread). If `change` reports a changed
-    /// configuration space, the guest is told; then the queues are looked at.
-    ///
-    /// # Errors
-    ///
-    /// Those of `change`.
-    pub fn update<E>(&self, change: impl FnOnce(&mut Device) -> Result<ConfigChange, E>) -> Result<(), E> {
+    /// Changes the device while nothing is in flight (vmm thread); then the queues are looked at.
+    pub fn update<R>(&self, change: impl FnOnce(&mut Device) -> R) -> R {
         let mut transport = self.lock();
         transport.device.quiesce();
-        if change(&mut transport.device)? == ConfigChange::Changed {
-            transport.config_changed();
-        }
+        let result = change(&mut transport.device);
         drop(transport);
         self.on_event(KICK);
-        Ok(())
+        result
+    }
+
+    /// Tells the guest that an update gave the device another configuration space (vmm thread).
+    pub fn config_changed(&self) {
+        self.lock().config_changed();
     }
 
     /// The state of the device while it is quiet.
@@ -204,15 +202,6 @@ impl VirtioMmio {
         // A thread that panicked takes the process down in release; in tests its state is whole.
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Whether an update changed what the guest reads in the configuration space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ConfigChange {
-    /// It did.
-    Changed,
-    /// It did not.
-    Unchanged,
 }
 
 /// The registers, and the device behind them.

@@ -36,7 +36,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS;
 
 pub use block::Block;
 pub use buffers::{Buffers, IoVecs};
-pub use mmio::{ConfigChange, VirtioMmio};
+pub use mmio::VirtioMmio;
 pub use net::Net;
 pub use queue::Virtqueue;
 pub use rate_limiter::RateLimiter;

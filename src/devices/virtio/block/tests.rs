@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::config::{IoEngine, RateLimiterConfig};
+use crate::devices::virtio::Device;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Guest, readable, writable};
-use crate::devices::virtio::{ConfigChange, Device};
 
 pub(super) const IN: u32 = 0;
 pub(super) const OUT: u32 = 1;
@@ -71,7 +71,7 @@ impl Drive {
         Self::new(config, file)
     }
 
-    pub(super) fn update<E>(&self, change: impl FnOnce(&mut Block) -> Result<ConfigChange, E>) -> Result<(), E> {
+    pub(super) fn update<R>(&self, change: impl FnOnce(&mut Block) -> R) -> R {
         self.guest.mmio.update(|device| match device {
             Device::Block(block) => change(block),
             _ => unreachable!(),
@@ -343,7 +343,8 @@ fn a_new_file_has_its_own_capacity_content_and_id() {
         let mut other = tempfile::tempfile().unwrap();
         other.write_all(&[0x5a; 4096]).unwrap();
         let backend = other.try_clone().unwrap();
-        drive.update(|block| block.update_backend(backend).map(|()| ConfigChange::Changed)).unwrap();
+        drive.update(|block| block.update_backend(backend)).unwrap();
+        drive.guest.mmio.config_changed();
         assert_eq!(drive.guest.interrupt(), 2);
         assert_eq!(drive.guest.read(0x100), 8);
         assert_eq!(drive.guest.read(0xfc), 1, "the configuration's generation");
@@ -354,8 +355,7 @@ fn a_new_file_has_its_own_capacity_content_and_id() {
         assert_eq!(drive.request(OUT, 0, &[readable(DATA, 512)]), (OK, 1));
         assert_eq!(on_disk(&drive, 0, 512), [0; 512], "the old file is left alone");
 
-        let refused = drive
-            .update(|block| block.update_backend(File::open("/dev/null").unwrap()).map(|()| ConfigChange::Changed));
+        let refused = drive.update(|block| block.update_backend(File::open("/dev/null").unwrap()));
         assert!(matches!(refused, Err(Error::NotADisk { .. })));
         assert_eq!(drive.guest.read(0x100), 8);
         assert_eq!(drive.metrics.update_count.get(), 1);
@@ -370,7 +370,7 @@ fn a_disk_is_raw_whatever_it_begins_with() {
         drive.guest.put(DATA, magic);
         assert_eq!(drive.request(OUT, 0, &[readable(DATA, 512)]), (OK, 1));
         let copy = drive.file.try_clone().unwrap();
-        drive.update(|block| block.update_backend(copy).map(|()| ConfigChange::Changed)).unwrap();
+        drive.update(|block| block.update_backend(copy)).unwrap();
         assert_eq!(drive.guest.read(0x100), 2048);
         assert_eq!(drive.request(IN, 0, &[writable(DATA + 512, 512)]), (OK, 513));
         assert_eq!(drive.guest.get(DATA + 512, 8), magic);

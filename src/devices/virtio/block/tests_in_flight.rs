@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use super::tests::*;
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::ConfigChange;
 use crate::devices::virtio::testing::{readable, writable};
 
 /// A drive whose reads wait for the pipe; `None`, visibly, where the host has no io_uring.
@@ -23,7 +22,7 @@ fn slow_drive() -> Option<(Drive, File)> {
     let drive = Drive::of_size(&drive(IoEngine::Async), 1 << 20);
     let (reader, writer) = std::io::pipe().unwrap();
     let reader = File::from(OwnedFd::from(reader));
-    drive.update(|block| block.engine.set_file(&reader).map(|()| ConfigChange::Unchanged)).unwrap();
+    drive.update(|block| block.engine.set_file(&reader)).unwrap();
     Some((drive, File::from(OwnedFd::from(writer))))
 }
 
@@ -139,7 +138,7 @@ fn a_new_file_waits_for_what_is_in_flight_on_the_old_one() {
         disk.write_all(&[0xab; 512]).unwrap();
     });
     let file = tempfile::tempfile().unwrap();
-    drive.update(|block| block.update_backend(file).map(|()| ConfigChange::Changed)).unwrap();
+    drive.update(|block| block.update_backend(file)).unwrap();
     host.join().unwrap();
     assert_eq!(drive.guest.used().len(), 1);
     assert_eq!(drive.guest.get(DATA, 512), [0xab; 512]);
@@ -306,11 +305,7 @@ fn lifting_the_limits_wakes_a_throttled_drive() {
     drive.guest.kick();
     assert_eq!(drive.guest.used().len(), 1);
     let lift = RateLimiterUpdate { bandwidth: BucketUpdate::Keep, ops: BucketUpdate::Off };
-    let change = |block: &mut Block| {
-        block.update_rate_limiter(&lift);
-        Ok::<_, Error>(ConfigChange::Unchanged)
-    };
-    drive.update(change).unwrap();
+    drive.update(|block| block.update_rate_limiter(&lift));
     assert_eq!(drive.guest.used().len(), 1);
 }
 

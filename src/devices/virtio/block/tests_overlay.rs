@@ -8,8 +8,8 @@ use std::path::Path;
 use super::tests::*;
 use super::tests_host::file_on_a_small_file_system;
 use super::*;
+use crate::devices::virtio::Device;
 use crate::devices::virtio::testing::{BUFFERS, Guest, readable, writable};
-use crate::devices::virtio::{ConfigChange, Device};
 
 const SIZE: usize = 1 << 20;
 
@@ -103,7 +103,7 @@ fn scribble(drive: &Drive, expected: &mut [u8], seed: u64) {
 }
 
 fn change(drive: &Drive, change: impl FnOnce(&mut Block) -> Result<(), Error>) -> Result<(), Error> {
-    drive.update(|block| change(block).map(|()| ConfigChange::Unchanged))
+    drive.update(change)
 }
 
 /// What a snapshot of `drive` would hold.

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::{HostDevice, MacAddress, RateLimiterConfig};
+use crate::devices::virtio::Device;
 use crate::devices::virtio::testing::{BUFFERS, Guest, VERSION_1, readable, writable};
-use crate::devices::virtio::{ConfigChange, Device};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -185,11 +185,8 @@ impl Cable {
     }
 
     fn update(&self, update: &NetUpdate) {
-        let Ok(()) = self.guest.mmio.update(|device| match device {
-            Device::Net(net) => {
-                net.update_rate_limiters(update);
-                Ok::<_, std::convert::Infallible>(ConfigChange::Unchanged)
-            }
+        self.guest.mmio.update(|device| match device {
+            Device::Net(net) => net.update_rate_limiters(update),
             _ => unreachable!(),
         });
     }
