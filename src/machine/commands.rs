@@ -39,8 +39,7 @@ impl Vmm {
                 self.config = config;
             }
             Command::UpdateDrive(update) => {
-                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
-                devices::update_drive(&mut self.config, bus, &update)?;
+                devices::update_drive(&mut self.config, self.machine.as_ref(), &update)?;
             }
             Command::SetNetworkInterface(interface) => {
                 let mut config = self.config.clone();
@@ -49,8 +48,7 @@ impl Vmm {
                 self.config = config;
             }
             Command::UpdateNetworkInterface(update) => {
-                let bus = self.machine.as_ref().map(|machine| machine.bus.as_ref());
-                devices::update_interface(&mut self.config, bus, &update)?;
+                devices::update_interface(&mut self.config, self.machine.as_ref(), &update)?;
             }
             Command::SetVsock(vsock) => self.set_vsock(vsock)?,
             Command::SetSerial(serial) => {

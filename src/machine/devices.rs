@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::files::{self, Files};
+use super::running::Machine;
 use super::{Error, lifecycle::refuse};
 use crate::config::{DriveUpdate, NetUpdate, VmConfig};
 use crate::control::Refusal;
@@ -52,8 +53,8 @@ fn missing<T>() -> io::Result<T> {
     Err(io::ErrorKind::NotFound.into())
 }
 
-fn device_at(bus: Option<&Bus>, index: usize) -> Option<&VirtioMmio> {
-    bus?.virtio().get(index).map(AsRef::as_ref)
+fn device_at(machine: Option<&Machine>, index: usize) -> Option<&VirtioMmio> {
+    machine?.bus.virtio().get(index).map(AsRef::as_ref)
 }
 
 /// Calls `each` with every drive in turn; nothing of theirs is in flight.
@@ -78,10 +79,10 @@ pub fn finish(bus: &Bus) {
 }
 
 /// Changes a drive. What can fail comes first, so that a refused PATCH changes nothing.
-pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpdate) -> Result<(), Refusal> {
+pub fn update_drive(config: &mut VmConfig, machine: Option<&Machine>, update: &DriveUpdate) -> Result<(), Refusal> {
     let unknown = || Refusal(format!("drive_id {:?} names no drive: see GET /vm/config", update.drive_id));
     let index = config.drives.iter().position(|d| d.drive_id == update.drive_id).ok_or_else(unknown)?;
-    let device = device_at(bus, index).ok_or_else(unknown)?;
+    let device = device_at(machine, index).ok_or_else(unknown)?;
     let drive = &mut config.drives[index];
     if let Some(path) = &update.path_on_host {
         let refused = |source| refuse(Error::Drive { id: update.drive_id.clone(), source });
@@ -109,10 +110,10 @@ pub fn update_drive(config: &mut VmConfig, bus: Option<&Bus>, update: &DriveUpda
 }
 
 /// Changes a network interface.
-pub fn update_interface(config: &mut VmConfig, bus: Option<&Bus>, update: &NetUpdate) -> Result<(), Refusal> {
+pub fn update_interface(config: &mut VmConfig, machine: Option<&Machine>, update: &NetUpdate) -> Result<(), Refusal> {
     let unknown = || Refusal(format!("iface_id {:?} names no interface: see GET /vm/config", update.iface_id));
     let position = config.network_interfaces.iter().position(|i| i.iface_id == update.iface_id).ok_or_else(unknown)?;
-    let device = device_at(bus, config.drives.len() + position).ok_or_else(unknown)?;
+    let device = device_at(machine, config.drives.len() + position).ok_or_else(unknown)?;
     device.update(|device| {
         if let Device::Net(net) = device {
             net.update_rate_limiters(update);
