@@ -87,7 +87,7 @@ pub fn update_drive(config: &mut VmConfig, machine: Option<&Machine>, update: &D
     if let Some(path) = &update.path_on_host {
         let refused = |source| refuse(Error::Drive { id: update.drive_id.clone(), source });
         if drive.overlay.is_some() {
-            return Err(refused(block::Error::HasOverlay { drive: update.drive_id.clone() }));
+            return Err(refused(block::Error::HasOverlay));
         }
         let file = files::open_drive(path, drive.is_read_only).map_err(refuse)?;
         let updated = device.update(|device| match device {

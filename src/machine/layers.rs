@@ -8,7 +8,7 @@ use super::snapshot::SnapshotError;
 use super::snapshot::files::file_error;
 use super::{Error, devices};
 use crate::config::{DriveConfig, DriveOverride, OverlayConfig, SnapshotCreate, SnapshotLoad, VmConfig};
-use crate::devices::virtio::Block;
+use crate::devices::virtio::{Block, block};
 use crate::snapshot::Id;
 use crate::snapshot::draft::Draft;
 
@@ -41,7 +41,7 @@ pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<
         }
         let path = &layer_path(&request.snapshot_path, drive.drive_id());
         let draft = Draft::create(path).map_err(file_error("create", path))?;
-        drive.copy_overlay(draft.file(), id).map_err(SnapshotError::Layer)?;
+        drive.copy_overlay(draft.file(), id).map_err(|source| failed(drive, source))?;
         draft.sync().map_err(file_error("write", path))?;
         drafts.push((path.clone(), draft));
         Ok(())
@@ -57,7 +57,11 @@ pub fn publish(layers: Vec<(PathBuf, Draft)>) -> Result<(), Error> {
 
 /// Drops what was written since the load.
 pub fn clear(machine: &Machine) -> Result<(), SnapshotError> {
-    devices::each_drive(&machine.bus, Block::clear_overlay).map_err(SnapshotError::Layer)
+    devices::each_drive(&machine.bus, |drive| drive.clear_overlay().map_err(|source| failed(drive, source)))
+}
+
+fn failed(drive: &Block, source: block::Error) -> SnapshotError {
+    SnapshotError::Layer { id: drive.drive_id().to_owned(), source }
 }
 
 /// What a load of snapshot `id` makes of the drives in its configuration.

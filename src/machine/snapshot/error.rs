@@ -64,8 +64,14 @@ pub enum SnapshotError {
         source: crate::devices::virtio::StateError,
     },
     /// What a guest wrote to an overlay cannot be copied, or dropped.
-    #[error("an overlay cannot be copied or emptied")]
-    Layer(#[source] crate::devices::virtio::block::Error),
+    #[error("the overlay of drive {id:?} cannot be copied or emptied")]
+    Layer {
+        /// The drive.
+        id: String,
+        /// Why.
+        #[source]
+        source: crate::devices::virtio::block::Error,
+    },
     /// Something to be overridden that is not there.
     #[error("the snapshot has no {0}, and so none to override")]
     Override(String),

@@ -57,13 +57,12 @@ impl Disk {
     /// Takes size and identity of the file, a regular file or a block device.
     pub(super) fn new(backend: Backend, drive_id: &str) -> Result<Self, Error> {
         let Backend { mut file, overlay } = backend;
-        let identify = |source| Error::Identify { drive: drive_id.to_owned(), source };
-        let metadata = file.metadata().map_err(identify)?;
+        let metadata = file.metadata().map_err(Error::Identify)?;
         if !metadata.is_file() && !metadata.file_type().is_block_device() {
-            return Err(Error::NotADisk { drive: drive_id.to_owned() });
+            return Err(Error::NotADisk);
         }
         // Of a block device the metadata knows no size, but its end can be sought.
-        let size = file.seek(SeekFrom::End(0)).map_err(identify)?;
+        let size = file.seek(SeekFrom::End(0)).map_err(Error::Identify)?;
         if size % SECTOR_SIZE != 0 {
             log::warn!("drive {drive_id}: its size of {size} bytes is rounded down to whole 512-byte sectors");
         }
@@ -73,10 +72,7 @@ impl Disk {
             *to = from;
         }
         let sectors = size / SECTOR_SIZE;
-        let overlay = overlay
-            .map(|files| Overlay::new(files, sectors))
-            .transpose()
-            .map_err(|source| Error::Overlay { drive: drive_id.to_owned(), source })?;
+        let overlay = overlay.map(|files| Overlay::new(files, sectors)).transpose().map_err(Error::Overlay)?;
         Ok(Self { file, overlay, sectors, id })
     }
 

@@ -58,49 +58,23 @@ const COMPLETION: u8 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Its file's size or identity cannot be had.
-    #[error("drive {drive}: cannot read size and identity of its file")]
-    Identify {
-        /// Resource id.
-        drive: String,
-        /// From the host.
-        source: io::Error,
-    },
+    #[error("cannot read size and identity of its file")]
+    Identify(#[source] io::Error),
     /// Its file is a directory, a character device, a FIFO or a socket.
-    #[error("drive {drive}: path_on_host is neither a regular file nor a block device")]
-    NotADisk {
-        /// Resource id.
-        drive: String,
-    },
+    #[error("path_on_host is neither a regular file nor a block device")]
+    NotADisk,
     /// Its layers cannot be had, emptied or copied.
-    #[error("drive {drive}: the layer of its overlay cannot be used")]
-    Overlay {
-        /// Resource id.
-        drive: String,
-        /// What is wrong with it.
-        source: LayerError,
-    },
+    #[error("the layer of its overlay cannot be used")]
+    Overlay(#[source] LayerError),
     /// What the guest wrote would be over another base.
-    #[error("drive {drive} has an overlay: its file cannot be replaced under it")]
-    HasOverlay {
-        /// Resource id.
-        drive: String,
-    },
+    #[error("it has an overlay: its file cannot be replaced under it")]
+    HasOverlay,
     /// The Async engine cannot be had.
-    #[error("drive {drive}: io_engine Async needs io_uring, which the host refuses; use Sync")]
-    Async {
-        /// Resource id.
-        drive: String,
-        /// From the host.
-        source: io::Error,
-    },
+    #[error("io_engine Async needs io_uring, which the host refuses; use Sync")]
+    Async(#[source] io::Error),
     /// No descriptor for the rate limiter's timer.
-    #[error("drive {drive}: cannot create the timer of its rate limiter")]
-    Timer {
-        /// Resource id.
-        drive: String,
-        /// From the host.
-        source: io::Error,
-    },
+    #[error("cannot create the timer of its rate limiter")]
+    Timer(#[source] io::Error),
 }
 
 /// A drive. The engine is dropped first: it waits until the kernel is done with the rest.
@@ -168,8 +142,7 @@ impl Block {
     ///
     /// [`Error`] if `backend` is no disk, or the host lacks what the configuration needs.
     pub fn new(config: &DriveConfig, backend: impl Into<Backend>, metrics: Arc<metrics::Block>) -> Result<Self, Error> {
-        let drive = config.drive_id.clone();
-        let limiter = RateLimiter::new(&config.rate_limiter).map_err(|source| Error::Timer { drive, source })?;
+        let limiter = RateLimiter::new(&config.rate_limiter).map_err(Error::Timer)?;
         let rules = Rules {
             read_only: config.is_read_only,
             flush: config.cache_type == CacheType::Writeback,
@@ -180,8 +153,7 @@ impl Block {
             IoEngine::Sync => 1,
             IoEngine::Async => ASYNC_DEPTH,
         };
-        let engine = Engine::new(config.io_engine, &disk.descriptors(), depth)
-            .map_err(|source| Error::Async { drive: config.drive_id.clone(), source })?;
+        let engine = Engine::new(config.io_engine, &disk.descriptors(), depth).map_err(Error::Async)?;
         let mut features = 1 << VIRTIO_BLK_F_SEG_MAX;
         for (offered, bit) in [
             (rules.read_only, VIRTIO_BLK_F_RO),
@@ -217,12 +189,11 @@ impl Block {
     ///
     /// As [`Self::new`]; the drive then stays as it was.
     pub fn update_backend(&mut self, backend: File) -> Result<(), Error> {
-        let drive = self.drive_id.clone();
         if self.disk.overlay.is_some() {
-            return Err(Error::HasOverlay { drive });
+            return Err(Error::HasOverlay);
         }
         let disk = Disk::new(backend.into(), &self.drive_id)?;
-        self.engine.set_file(&disk.file).map_err(|source| Error::Async { drive, source })?;
+        self.engine.set_file(&disk.file).map_err(Error::Async)?;
         self.disk = disk;
         self.metrics.update_count.inc();
         Ok(())
@@ -235,7 +206,7 @@ impl Block {
     /// The host refuses; the drive is then in no state to be used.
     pub fn clear_overlay(&mut self) -> Result<(), Error> {
         let Some(overlay) = &mut self.disk.overlay else { return Ok(()) };
-        overlay.clear().map_err(|source| Error::Overlay { drive: self.drive_id.clone(), source })?;
+        overlay.clear().map_err(Error::Overlay)?;
         self.metrics.overlay_bytes.set(0);
         Ok(())
     }
@@ -252,7 +223,7 @@ impl Block {
     /// The host refuses: the disk is full, say.
     pub fn copy_overlay(&self, file: &File, id: LayerId) -> Result<(), Error> {
         let Some(overlay) = &self.disk.overlay else { return Ok(()) };
-        overlay.copy_to(file, id).map_err(|source| Error::Overlay { drive: self.drive_id.clone(), source })
+        overlay.copy_to(file, id).map_err(Error::Overlay)
     }
 
     /// At the end, when nothing is in flight: the next process finds what the guest wrote, whether it

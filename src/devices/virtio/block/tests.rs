@@ -212,7 +212,7 @@ fn only_files_and_block_devices_are_disks() {
     let metrics = Arc::new(metrics::Block::default());
     for path in ["/", "/dev/null", "/dev/zero"] {
         let refused = Block::new(&drive(IoEngine::Sync), File::open(path).unwrap(), Arc::clone(&metrics));
-        assert!(matches!(refused.err(), Some(Error::NotADisk { .. })), "{path}");
+        assert!(matches!(refused.err(), Some(Error::NotADisk)), "{path}");
     }
 }
 
@@ -356,7 +356,7 @@ fn a_new_file_has_its_own_capacity_content_and_id() {
         assert_eq!(on_disk(&drive, 0, 512), [0; 512], "the old file is left alone");
 
         let refused = drive.update(|block| block.update_backend(File::open("/dev/null").unwrap()));
-        assert!(matches!(refused, Err(Error::NotADisk { .. })));
+        assert!(matches!(refused, Err(Error::NotADisk)));
         assert_eq!(drive.guest.read(0x100), 8);
         assert_eq!(drive.metrics.update_count.get(), 1);
     }
