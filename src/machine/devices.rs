@@ -33,10 +33,11 @@ pub fn build(
     for interface in &config.network_interfaces {
         let fail = |source| Error::Event("duplicate a TAP's descriptor", source);
         let tap = files.tap(&interface.iface_id).unwrap_or_else(missing).map_err(fail)?;
-        let mut net = Net::new(interface, tap, metrics::register_net(&interface.iface_id))?;
+        let fail = |source| Error::Net { id: interface.iface_id.clone(), source };
+        let mut net = Net::new(interface, tap, metrics::register_net(&interface.iface_id)).map_err(fail)?;
         if let Some(service) = config.mmds.as_ref().filter(|mmds| mmds.network_interfaces.contains(&interface.iface_id))
         {
-            net.serve(Endpoint::new(service.ipv4_address, Arc::clone(mmds)))?;
+            net.serve(Endpoint::new(service.ipv4_address, Arc::clone(mmds))).map_err(fail)?;
         }
         devices.push(Device::Net(Box::new(net)));
     }

@@ -49,8 +49,14 @@ pub enum Error {
         source: crate::devices::virtio::block::Error,
     },
     /// A network interface.
-    #[error(transparent)]
-    Net(#[from] crate::devices::virtio::net::Error),
+    #[error("interface {id:?}: cannot create a timer")]
+    Net {
+        /// The interface.
+        id: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A TAP.
     #[error("interface {id:?}: host_dev_name {device:?} cannot be used")]
     Tap {

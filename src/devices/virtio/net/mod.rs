@@ -75,27 +75,6 @@ const FEATURES: [u32; 12] = [
     VIRTIO_NET_F_HOST_USO,
 ];
 
-/// Why an interface cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No descriptor for a rate limiter's timer.
-    #[error("interface {interface}: cannot create the timer of its rate limiter")]
-    Timer {
-        /// Resource id.
-        interface: String,
-        /// From the host.
-        source: io::Error,
-    },
-    /// No descriptor for the metadata service's timer.
-    #[error("interface {interface}: cannot create the timer of the metadata service")]
-    Service {
-        /// Resource id.
-        interface: String,
-        /// From the host.
-        source: io::Error,
-    },
-}
-
 /// How much a direction has moved in one wake.
 #[derive(Debug, Default)]
 struct Budget {
@@ -144,11 +123,8 @@ impl Net {
     ///
     /// # Errors
     ///
-    /// [`Error`] when the process has no descriptor left.
-    pub fn new(config: &NetConfig, tap: Tap, metrics: Arc<metrics::Net>) -> Result<Self, Error> {
-        let limiter = |limits| {
-            RateLimiter::new(limits).map_err(|source| Error::Timer { interface: config.iface_id.clone(), source })
-        };
+    /// The process has no descriptor left for a timer.
+    pub fn new(config: &NetConfig, tap: Tap, metrics: Arc<metrics::Net>) -> io::Result<Self> {
         let mut features = FEATURES.iter().fold(0, |bits, bit| bits | 1 << bit);
         if !tap.has_uso() {
             features &= !(1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6 | 1 << VIRTIO_NET_F_HOST_USO);
@@ -167,8 +143,8 @@ impl Net {
             features,
             config_space,
             tap,
-            rx_limiter: limiter(&config.rx_rate_limiter)?,
-            tx_limiter: limiter(&config.tx_rate_limiter)?,
+            rx_limiter: RateLimiter::new(&config.rx_rate_limiter)?,
+            tx_limiter: RateLimiter::new(&config.tx_rate_limiter)?,
             service: None,
             active: None,
             streaming: false,
@@ -181,10 +157,9 @@ impl Net {
     ///
     /// # Errors
     ///
-    /// [`Error`] when the process has no descriptor left.
-    pub fn serve(&mut self, endpoint: Endpoint) -> Result<(), Error> {
-        let fail = |source| Error::Service { interface: self.iface_id.clone(), source };
-        self.service = Some(Box::new(Service::new(endpoint).map_err(fail)?));
+    /// The process has no descriptor left for a timer.
+    pub fn serve(&mut self, endpoint: Endpoint) -> io::Result<()> {
+        self.service = Some(Box::new(Service::new(endpoint)?));
         Ok(())
     }
 
