@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::os::retried;
+
 /// What a descriptor means to the vmm thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
@@ -114,12 +116,7 @@ impl EventLoop {
     /// Waits until something happens, if there is nothing else to do, and returns the tokens of what happened.
     pub fn wait(&mut self, idle: bool) -> io::Result<impl Iterator<Item = Token> + use<>> {
         let timeout = if idle { -1 } else { 0 };
-        let count = loop {
-            match self.epoll.wait(timeout, &mut self.events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result?,
-            }
-        };
+        let count = retried(|| self.epoll.wait(timeout, &mut self.events))?;
         let events = self.events;
         Ok(events.into_iter().take(count).filter_map(|event| Token::unpack(event.data())))
     }

@@ -31,6 +31,7 @@
 //! | [`sandbox`] | system-call filters and Landlock: what each thread gives up |
 //! | [`socket`] | Unix sockets in the file system, the API's and vsock's |
 //! | [`random`] | bytes nobody can guess |
+//! | [`os`] | what system calls return |
 //! | `heap` | libc's functions for memory, where libc is musl |
 //! | [`signals`] | how the process ends when somebody else wants it to |
 //!
@@ -61,6 +62,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod os;
 pub mod random;
 pub mod sandbox;
 pub mod signals;

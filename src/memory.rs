@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use crate::config::{FIRST_IRQ, HugePages, MAX_VIRTIO_DEVICES};
+use crate::os::{checked, retried};
 
 /// All of guest RAM; cheap to clone.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<Written>;
@@ -364,14 +365,10 @@ impl GuestRam {
             let host = slice.ptr_guard_mut().as_ptr().wrapping_add(done);
             // SAFETY: `host` and the length stay within the slice, which is mapped writable as
             // long as `self` lives; guest memory is never borrowed as Rust references.
-            let n = unsafe { libc::pread(file.as_raw_fd(), host.cast(), slice.len() - done, at) };
-            match usize::try_from(n) {
-                Ok(0) => return Err(fail(io::ErrorKind::UnexpectedEof.into())),
-                Ok(n) => done += n,
-                Err(_) => match io::Error::last_os_error() {
-                    e if e.kind() == io::ErrorKind::Interrupted => {}
-                    e => return Err(fail(e)),
-                },
+            let read = || checked(unsafe { libc::pread(file.as_raw_fd(), host.cast(), slice.len() - done, at) });
+            match retried(read).map_err(fail)? {
+                0 => return Err(fail(io::ErrorKind::UnexpectedEof.into())),
+                count => done += count,
             }
         }
         Ok(())

@@ -14,6 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("log", &[]),
     ("heap", &[]),
     ("random", &[]),
+    ("os", &[]),
     ("generated", &[]),
     ("fuzzing", &["api", "boot", "devices", "mmds"]),
     ("sandbox", &[]),
@@ -46,7 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &["control"]),
     ("cli", &["api", "snapshot"]),
 ];
-const EVERYBODYS: &[&str] = &["random", "generated", "config", "metrics", "log", "warn_limited"];
+const EVERYBODYS: &[&str] = &["os", "random", "generated", "config", "metrics", "log", "warn_limited"];
 
 fn sources(at: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(at).expect("a source directory").map(|entry| entry.expect("an entry").path()) {

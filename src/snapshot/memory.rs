@@ -19,6 +19,7 @@ use std::ptr;
 use super::Id;
 use super::pagemap::{Pagemap, Which};
 use crate::memory::{GuestRam, PAGE_SIZE, Slot};
+use crate::os::{checked, retried, seek};
 
 /// Follows RAM in the file: this, then the snapshot's id.
 const TRAILER_MAGIC: [u8; 8] = *b"VSCLMEM\x01";
@@ -326,14 +327,11 @@ fn write_out(file: &File, host: u64, length: u64, offset: u64) -> Result<(), Err
     while done < length {
         let (from, at) = (host + done, libc::off_t::try_from(offset + done).unwrap_or(libc::off_t::MAX));
         // SAFETY: the range lies in guest RAM, which is mapped; the kernel only reads it.
-        let count = unsafe { libc::pwrite(file.as_raw_fd(), from as *const _, (length - done) as usize, at) };
-        match u64::try_from(count) {
+        let write = || checked(unsafe { libc::pwrite(file.as_raw_fd(), from as _, (length - done) as usize, at) });
+        match retried(write) {
             Ok(0) => return Err(Error::Io("write it", io::ErrorKind::WriteZero.into())),
-            Ok(count) => done += count,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(Error::Io("write it", error)),
-            },
+            Ok(count) => done += count as u64,
+            Err(error) => return Err(Error::Io("write it", error)),
         }
     }
     Ok(())
@@ -354,19 +352,6 @@ pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     }
     found.retain(|range: &Range<u64>| range.start < size);
     Ok(found)
-}
-
-fn seek(file: &File, offset: u64, whence: i32) -> io::Result<Option<u64>> {
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: the call has no memory of ours in it.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
-    match u64::try_from(found) {
-        Ok(found) => Ok(Some(found)),
-        Err(_) => match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            error => Err(error),
-        },
-    }
 }
 
 /// Where the memory file of a snapshot is while another takes its place, and stays if that is not completed.

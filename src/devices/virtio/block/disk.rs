@@ -117,8 +117,3 @@ impl Disk {
         (end <= self.sectors).then(|| sector * SECTOR_SIZE)
     }
 }
-
-/// A system call's result as a byte count.
-pub(super) fn check(result: isize) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}

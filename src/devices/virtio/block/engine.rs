@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::disk::check;
 use super::overlay::Place;
 use super::request::Operation;
 use super::uring::Uring;
 use crate::config::IoEngine;
+use crate::os::{checked, retried};
 
 /// Most buffers one vectored system call takes.
 const MAX_IOVECS: usize = libc::UIO_MAXIOV as usize;
@@ -100,29 +100,23 @@ impl Engine {
 /// The buffers it names are valid until this function returns.
 unsafe fn run(file: &File, operation: &Operation<'_>) -> io::Result<usize> {
     let fd = file.as_raw_fd();
-    loop {
-        let result = match *operation {
-            Operation::Read { into, offset } => {
-                // SAFETY: valid by this function's contract; that the guest may access the buffers
-                // meanwhile is no matter to the kernel, and Rust sees no reference to them.
-                check(unsafe { libc::preadv(fd, into.as_ptr(), count(into) as i32, offset as i64) })
-            }
-            Operation::Write { from, offset } => {
-                // SAFETY: as above.
-                check(unsafe { libc::pwritev(fd, from.as_ptr(), count(from) as i32, offset as i64) })
-            }
-            // SAFETY: takes no memory.
-            Operation::Sync => check(unsafe { libc::fdatasync(fd) } as isize),
-            Operation::Allocate { mode, offset, length } => {
-                // SAFETY: takes no memory.
-                check(unsafe { libc::fallocate(fd, mode, offset as i64, length as i64) } as isize)
-            }
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
+    retried(|| match *operation {
+        Operation::Read { into, offset } => {
+            // SAFETY: valid by this function's contract; that the guest may access the buffers
+            // meanwhile is no matter to the kernel, and Rust sees no reference to them.
+            checked(unsafe { libc::preadv(fd, into.as_ptr(), count(into) as i32, offset as i64) })
         }
-    }
+        Operation::Write { from, offset } => {
+            // SAFETY: as above.
+            checked(unsafe { libc::pwritev(fd, from.as_ptr(), count(from) as i32, offset as i64) })
+        }
+        // SAFETY: takes no memory.
+        Operation::Sync => checked(unsafe { libc::fdatasync(fd) } as isize),
+        Operation::Allocate { mode, offset, length } => {
+            // SAFETY: takes no memory.
+            checked(unsafe { libc::fallocate(fd, mode, offset as i64, length as i64) } as isize)
+        }
+    })
 }
 
 /// The vector count of one operation; what it leaves out is for the next.

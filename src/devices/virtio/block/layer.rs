@@ -14,11 +14,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use super::bitmap::{Bitmap, CHUNK_BYTES, CHUNK_SECTORS};
 use super::disk::SECTOR_SIZE;
+use crate::os::seek;
 
 const MAGIC: [u8; 8] = *b"VSCLLAYR";
 const VERSION: u32 = 1;
@@ -145,7 +145,7 @@ impl Layer {
 
     fn read_bitmap(&mut self) -> io::Result<()> {
         let (mut at, mut bytes) = (HEADER, [0; CHUNK_BYTES as usize]);
-        while let Some(data) = next_data(&self.file, at)?.filter(|data| *data < self.start) {
+        while let Some(data) = seek(&self.file, at, libc::SEEK_DATA)?.filter(|data| *data < self.start) {
             let index = (data.max(HEADER) - HEADER) / CHUNK_BYTES;
             at = HEADER + index * CHUNK_BYTES;
             self.file.read_exact_at(&mut bytes, at)?;
@@ -158,19 +158,5 @@ impl Layer {
     /// Writes the chunks of `bitmap` over those of the file.
     pub(super) fn write_bitmap(&self, bitmap: &Bitmap) -> io::Result<()> {
         bitmap.chunks().try_for_each(|(index, bytes)| self.file.write_all_at(&bytes, HEADER + index * CHUNK_BYTES))
-    }
-}
-
-/// Where the next piece of `file` that is not a hole begins, from `at` on.
-fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
-    let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
-    // SAFETY: the call has no memory of ours in it.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), at, libc::SEEK_DATA) };
-    match u64::try_from(found) {
-        Ok(found) => Ok(Some(found)),
-        Err(_) => match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            error => Err(error),
-        },
     }
 }

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::engine::count;
 use super::overlay::Place;
 use super::request::Operation;
+use crate::os::retried;
 
 /// `IORING_REGISTER_FILES_UPDATE`: the one registration that stays allowed, to change the file.
 const REGISTER_FILES_UPDATE: u8 = 6;
@@ -102,7 +103,7 @@ impl Uring {
         if self.ring.submission().is_empty() {
             return Ok(());
         }
-        retry(|| self.ring.submit().map(drop))
+        retried(|| self.ring.submit()).map(drop)
     }
 
     /// A result that has arrived.
@@ -116,7 +117,7 @@ impl Uring {
 
     /// Waits until a result has arrived.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        retry(|| self.ring.submit_and_wait(1).map(drop))
+        retried(|| self.ring.submit_and_wait(1)).map(drop)
     }
 }
 
@@ -125,15 +126,6 @@ impl Drop for Uring {
     fn drop(&mut self) {
         while self.in_flight > 0 && self.wait().is_ok() {
             while self.completed().is_some() {}
-        }
-    }
-}
-
-fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
         }
     }
 }

@@ -17,6 +17,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::HEADER_SIZE;
+use crate::os::checked;
 
 /// UDP segmentation offload, of both versions of IP.
 const USO: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
@@ -149,7 +150,7 @@ impl Tap {
     /// RAM, or memory that the caller alone uses.
     pub unsafe fn read(&self, buffers: &[iovec]) -> io::Result<usize> {
         // SAFETY: the list is valid for reading, the buffers for writing, by this function's contract.
-        check(unsafe { libc::readv(self.file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int) })
+        checked(unsafe { libc::readv(self.file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int) })
     }
 
     /// Writes a frame.
@@ -159,7 +160,7 @@ impl Tap {
     /// The buffers are memory that stays mapped for the call.
     pub unsafe fn write(&self, buffers: &[iovec]) -> io::Result<usize> {
         // SAFETY: the list and the buffers are valid for reading, by this function's contract.
-        check(unsafe { libc::writev(self.file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int) })
+        checked(unsafe { libc::writev(self.file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int) })
     }
 }
 
@@ -207,10 +208,6 @@ pub(super) fn open_with(name: &CStr, flags: c_int) -> Result<File, Error> {
         .map_err(Error::Open)?;
     ioctl(&file, libc::TUNSETIFF, &mut request).map_err(system("cannot attach to the interface"))?;
     Ok(file)
-}
-
-fn check(result: isize) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 fn no_request() -> ifreq {

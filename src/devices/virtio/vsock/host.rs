@@ -12,6 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::packet::Done;
 use crate::devices::virtio::IoVecs;
+use crate::os::{checked, retried};
 
 /// Longest line that may ask for a connection, in bytes.
 const MAX_LINE: usize = 32;
@@ -85,7 +86,7 @@ impl Peer {
     fn receive(&self, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
         let (fd, flags) = (self.stream.as_raw_fd(), flags | libc::MSG_DONTWAIT);
         // SAFETY: the buffer is valid for writing as many bytes.
-        retry(|| unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) })
+        retried(|| checked(unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) }))
     }
 
     /// Reads into `buffers`. Returns how many bytes, and whether there was room for more: then there are none left
@@ -104,7 +105,7 @@ impl Peer {
         let (fd, mut message) = (self.stream.as_raw_fd(), message(vecs));
         // SAFETY: every entry lies within guest RAM, alive by this function's contract; the message refers to as
         // many entries as there are.
-        let count = retry(|| unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) })?;
+        let count = retried(|| checked(unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) }))?;
         // A descriptor that came along (SCM_RIGHTS) is dropped, and ends a read before there is nothing left.
         let cut_short = message.msg_flags & libc::MSG_CTRUNC != 0;
         Ok((count, count < vecs.iter().map(|vec| vec.iov_len).sum() && !cut_short))
@@ -119,7 +120,7 @@ impl Peer {
         let (fd, message) = (self.stream.as_raw_fd(), message(&vecs[..vecs.len().min(MAX_VECS)]));
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: the entries are alive by this function's contract; the message refers to as many as there are.
-        match retry(|| unsafe { libc::sendmsg(fd, &message, flags) }) {
+        match retried(|| checked(unsafe { libc::sendmsg(fd, &message, flags) })) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             result => result,
         }
@@ -208,21 +209,6 @@ fn message(vecs: &[iovec]) -> libc::msghdr {
     // An int in some libc; there are never more than IOV_MAX.
     message.msg_iovlen = vecs.len() as _;
     message
-}
-
-/// Makes a system call that returns a count until no signal interrupts it.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
-    loop {
-        match usize::try_from(call()) {
-            Ok(count) => return Ok(count),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]
