@@ -27,7 +27,7 @@ pub enum ApiSocket {
 }
 
 /// What the process was started with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
     /// Where the API is served; `None` with `--no-api`.
     pub api_sock: Option<ApiSocket>,
@@ -67,27 +67,14 @@ pub struct Options {
     pub parent_cpu_time_us: Option<u64>,
 }
 
-impl Default for Options {
-    fn default() -> Self {
+impl Options {
+    /// What holds without arguments.
+    fn unless_said_otherwise() -> Self {
         Self {
             api_sock: Some(ApiSocket::Path(DEFAULT_API_SOCK.into())),
             id: DEFAULT_ID.into(),
-            config_file: None,
-            passed_fds: Vec::new(),
-            kvm_fd: None,
-            proc_fd: None,
-            sandbox: SandboxConfig::default(),
-            logger: LoggerConfig::default(),
-            metrics_path: None,
-            boot_timer: false,
             max_payload: DEFAULT_MAX_PAYLOAD,
-            mmds_limit: None,
-            metadata: None,
-            prepare: None,
-            working_set_path: None,
-            start_time_us: None,
-            start_time_cpu_us: None,
-            parent_cpu_time_us: None,
+            ..Self::default()
         }
     }
 }
@@ -228,7 +215,7 @@ pub fn snapshot_version(version: u16) -> String {
 /// The first argument that is wrong.
 pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Cli, CliError> {
     let mut parser = Parser::from_args(arguments);
-    let mut options = Options::default();
+    let mut options = Options::unless_said_otherwise();
     let mut seen = [false; FLAGS.len()];
     let mut no_api = false;
     while let Some(name) = next_flag(&mut parser)? {
@@ -304,6 +291,7 @@ fn set(options: &mut Options, flag: &str) {
 }
 
 fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), CliError> {
+    let bytes = || value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"));
     let number = || value.parse().map_err(|_| bad(flag, &value, "must be a number of microseconds"));
     match flag {
         "api-sock" => options.api_sock = Some(api_socket(&value)?),
@@ -326,12 +314,8 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         "level" => options.logger.level = Some(level(&value)?),
         "module" => options.logger.module = Some(value),
         "metrics-path" => options.metrics_path = Some(value.into()),
-        "http-api-max-payload-size" => {
-            options.max_payload = value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"))?;
-        }
-        "mmds-size-limit" => {
-            options.mmds_limit = Some(value.parse().map_err(|_| bad(flag, &value, "must be a number of bytes"))?);
-        }
+        "http-api-max-payload-size" => options.max_payload = bytes()?,
+        "mmds-size-limit" => options.mmds_limit = Some(bytes()?),
         "metadata" => options.metadata = Some(value.into()),
         "prepare" => options.prepare = Some(value.into()),
         "working-set-path" => options.working_set_path = Some(value.into()),
@@ -394,8 +378,8 @@ mod tests {
 
     #[test]
     fn without_arguments_the_defaults_hold() {
-        assert_eq!(options(""), Options::default());
-        assert_eq!(Options::default().api_sock, Some(ApiSocket::Path("/run/vesicle.socket".into())));
+        assert_eq!(options(""), Options::unless_said_otherwise());
+        assert_eq!(options("").api_sock, Some(ApiSocket::Path("/run/vesicle.socket".into())));
     }
 
     #[test]
