@@ -69,12 +69,9 @@ pub enum Error {
         /// Start of the second.
         gpa: u64,
     },
-    /// The kernel cannot be entered this way.
-    #[error("the kernel has no {kind:?} entry point within what it loads")]
-    NoEntry {
-        /// The way that was asked for.
-        kind: EntryKind,
-    },
+    /// The kernel cannot be entered.
+    #[error("the kernel has no entry point within what it loads")]
+    NoEntry,
     /// An initrd without content.
     #[error("the initrd is empty")]
     EmptyInitrd,
@@ -103,18 +100,6 @@ pub enum Error {
         #[source]
         source: memory::Error,
     },
-}
-
-/// Which entry point to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum EntryKind {
-    /// The 64-bit entry of a Linux kernel; otherwise PVH if the kernel has it; otherwise 64-bit.
-    #[default]
-    Auto,
-    /// Long mode, `rsi` = zero page (Linux boot protocol, "64-bit boot protocol").
-    Linux64,
-    /// 32-bit protected mode, `ebx` = start info (the Xen PVH boot ABI).
-    Pvh,
 }
 
 /// Where and how the boot vCPU starts.
@@ -166,8 +151,6 @@ pub struct Images<'a> {
     pub initrd: Option<&'a File>,
     /// Map from the files, or copy. Guest RAM on huge pages is always copied to.
     pub mapping: ImageMapping,
-    /// How to enter the kernel.
-    pub entry: EntryKind,
 }
 
 /// A kernel and its initrd in guest RAM.
@@ -195,20 +178,17 @@ pub fn inspect(kernel: &File) -> Result<KernelInfo, Error> {
     }
     let is_elf = magic == *b"\x7fELF";
     let info = if is_elf { elf::inspect(kernel, file_len) } else { bzimage::inspect(kernel, file_len) }?;
-    if info.linux64.is_none() && info.pvh.is_none() {
-        return Err(Error::NoEntry { kind: EntryKind::Auto });
-    }
-    Ok(info)
+    if info.entry().is_some() { Ok(info) } else { Err(Error::NoEntry) }
 }
 
 /// Loads a kernel and its initrd into guest RAM: the kernel where it wants to be, the initrd as
 /// high as it may be. Everything is checked before anything is written.
 ///
 /// # Errors
-/// As [`inspect`], and: no such entry point, too little memory, or the host fails to map or read.
+/// As [`inspect`], and: too little memory, or the host fails to map or read.
 pub fn load(ram: &GuestRam, images: &Images<'_>) -> Result<Loaded, Error> {
     let kernel = inspect(images.kernel)?;
-    let entry = kernel.entry(images.entry)?;
+    let entry = kernel.entry().ok_or(Error::NoEntry)?;
     let initrd = match images.initrd {
         Some(file) => Some((file, place_initrd(ram, &kernel, regular_len(file, "initrd")?)?)),
         None => None,
@@ -260,18 +240,11 @@ impl KernelInfo {
         self.segments.iter().any(|s| (s.gpa..s.gpa + s.file_size).contains(&gpa))
     }
 
-    fn entry(&self, kind: EntryKind) -> Result<Entry, Error> {
+    fn entry(&self) -> Option<Entry> {
         let linux64 = self.linux64.map(|rip| Entry::Linux64 { rip });
         let pvh = self.pvh.map(|eip| Entry::Pvh { eip });
-        match kind {
-            // The entry point of a kernel that is not Linux may expect any processor mode, so a
-            // PVH note says more about it.
-            EntryKind::Auto if self.is_linux => linux64.or(pvh),
-            EntryKind::Auto => pvh.or(linux64),
-            EntryKind::Linux64 => linux64,
-            EntryKind::Pvh => pvh,
-        }
-        .ok_or(Error::NoEntry { kind })
+        // The entry point of a kernel that is not Linux may expect any processor mode, so a PVH note says more about it.
+        if self.is_linux { linux64.or(pvh) } else { pvh.or(linux64) }
     }
 }
 

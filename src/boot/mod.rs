@@ -21,8 +21,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::{GuestMemory, GuestRam, MmioDevice};
 
-pub use kernel::{Entry, EntryKind, Images};
-pub use params::LONG_MODE;
+pub use kernel::{Entry, Images};
 
 /// Global descriptor table of the boot vCPU.
 pub const GDT: u64 = 0x1000;
@@ -96,7 +95,7 @@ pub enum Error {
 
 /// Puts everything the boot vCPU needs into fresh guest RAM and says where it starts: kernel,
 /// initrd, `cmdline` (from [`cmdline::build`]), firmware tables for `vcpus` vCPUs and `devices`,
-/// boot parameters, and for a 64-bit entry the tables of [`LONG_MODE`].
+/// boot parameters, and for a 64-bit entry its page tables and GDT.
 ///
 /// # Errors
 /// The images are not bootable in this RAM; nothing was written then. Or the host fails.

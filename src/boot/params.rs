@@ -61,20 +61,8 @@ pub struct MapEntry {
     pub kind: u32,
 }
 
-/// The processor tables a 64-bit entry starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LongMode {
-    /// Guest physical address of the PML4.
-    pub cr3: u64,
-    /// Guest physical address of the GDT.
-    pub gdt_base: u64,
-    /// Its size in bytes, less one.
-    pub gdt_limit: u16,
-}
-
-/// What [`write_long_mode_tables`] makes.
-pub const LONG_MODE: LongMode =
-    LongMode { cr3: PAGE_TABLES, gdt_base: GDT, gdt_limit: (size_of_val(&GDT_ENTRIES) - 1) as u16 };
+/// The size of the GDT at [`GDT`] in bytes, less one.
+pub const GDT_LIMIT: u16 = (size_of_val(&GDT_ENTRIES) - 1) as u16;
 
 /// The memory map: RAM without what the tables occupy. Between [`EBDA_END`] and [`ACPI`] nothing
 /// is announced, as in every PC.
@@ -158,7 +146,7 @@ fn write_start_info(ram: &GuestRam, loaded: &Loaded, rsdp: u64) -> Result<(), Gu
 ///
 /// # Errors
 /// RAM ends below the tables.
-pub fn write_long_mode_tables(memory: &GuestMemory) -> Result<LongMode, GuestMemoryError> {
+pub fn write_long_mode_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     let write = |entries: &[u64], at: u64| {
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         memory.write_slice(&bytes, GuestAddress(at))
@@ -170,8 +158,7 @@ pub fn write_long_mode_tables(memory: &GuestMemory) -> Result<LongMode, GuestMem
     write(&directories, pdpt)?;
     let pages = (0..DIRECTORIES * ENTRIES as u64).map(|n| n << 21 | PRESENT_WRITABLE | LARGE_PAGE);
     write(&pages.collect::<Vec<_>>(), directory(0))?;
-    write(&GDT_ENTRIES, GDT)?;
-    Ok(LONG_MODE)
+    write(&GDT_ENTRIES, GDT)
 }
 
 #[cfg(test)]
@@ -311,9 +298,9 @@ mod tests {
     #[test]
     fn the_first_four_gib_are_mapped_to_themselves() {
         let ram = ram(2 * MIB);
-        let tables = write_long_mode_tables(ram.memory()).unwrap();
+        write_long_mode_tables(ram.memory()).unwrap();
         for address in [0, 0x7123, 0x1F_FFFF, 0x20_0000, 0x100_0000, 0xC000_1000, 0xFEE0_0030, 0xFFFF_FFFF] {
-            assert_eq!(translate(&ram, tables.cr3, address), address);
+            assert_eq!(translate(&ram, PAGE_TABLES, address), address);
         }
         let beyond: u64 = read(&ram, PAGE_TABLES + PAGE_SIZE + 4 * 8);
         assert_eq!(beyond, 0);
@@ -322,13 +309,13 @@ mod tests {
     #[test]
     fn the_gdt_has_flat_segments_where_linux_wants_them() {
         let ram = ram(2 * MIB);
-        let tables = write_long_mode_tables(ram.memory()).unwrap();
-        let descriptor = |selector: u16| read::<u64>(&ram, tables.gdt_base + u64::from(selector));
+        write_long_mode_tables(ram.memory()).unwrap();
+        let descriptor = |selector: u16| read::<u64>(&ram, GDT + u64::from(selector));
         let (code, data, tss) = (descriptor(CODE_SELECTOR), descriptor(DATA_SELECTOR), descriptor(TSS_SELECTOR));
         let access = |d: u64| d >> 40 & 0xFF;
         assert_eq!((access(code), access(data), access(tss)), (0x9B, 0x93, 0x8B));
         assert_eq!((code >> 52 & 0xF, data >> 52 & 0xF), (0xA, 0xC), "64-bit code, 32-bit data");
         assert_eq!((code & 0xF_0000_0000_FFFF, data & 0xF_0000_0000_FFFF), (0xF_0000_0000_FFFF, 0xF_0000_0000_FFFF));
-        assert!(tables.gdt_limit >= TSS_SELECTOR + 15, "a TSS descriptor has 16 bytes in long mode");
+        const { assert!(GDT_LIMIT >= TSS_SELECTOR + 15, "a TSS descriptor has 16 bytes in long mode") };
     }
 }

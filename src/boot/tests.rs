@@ -32,7 +32,7 @@ fn string_at(ram: &GuestRam, gpa: u64) -> Vec<u8> {
 #[test]
 fn everything_a_guest_looks_for_is_where_it_looks() {
     let (ram, kernel) = (GuestRam::new(32 * MIB, HugePages::None).unwrap(), bzimage());
-    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared, entry: EntryKind::Auto };
+    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared };
     let devices = [MmioDevice::nth(0).unwrap()];
     let entry = fill(&ram, &images, "console=ttyS0 quiet", 2, &devices).unwrap();
     assert_eq!(entry, Entry::Linux64 { rip: 0x100_0200 });
@@ -41,14 +41,14 @@ fn everything_a_guest_looks_for_is_where_it_looks() {
     assert_eq!(string_at(&ram, 0xE_0000)[..8], *b"RSD PTR ");
     assert_eq!(string_at(&ram, 0xF_FFF0), RESET_CODE);
     assert_eq!(string_at(&ram, ZERO_PAGE + 0x202)[..4], *b"HdrS");
-    let pml4: u64 = ram.memory().read_obj(GuestAddress(LONG_MODE.cr3)).unwrap();
-    assert_eq!(pml4, LONG_MODE.cr3 + 0x1000 + 3);
+    let pml4: u64 = ram.memory().read_obj(GuestAddress(PAGE_TABLES)).unwrap();
+    assert_eq!(pml4, PAGE_TABLES + 0x1000 + 3);
 }
 
 #[test]
 fn a_refused_kernel_leaves_ram_untouched() {
     let (ram, kernel) = (GuestRam::new(16 * MIB, HugePages::None).unwrap(), bzimage());
-    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared, entry: EntryKind::Auto };
+    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared };
     let refusal = fill(&ram, &images, "quiet", 1, &[]).unwrap_err();
     assert!(matches!(refusal, Error::Kernel(kernel::Error::MemoryTooSmall { needed_mib: 17, have_mib: 16 })));
     let mut all = vec![0; 16 << 20];
@@ -59,7 +59,7 @@ fn a_refused_kernel_leaves_ram_untouched() {
 #[test]
 fn a_command_line_never_runs_into_what_follows() {
     let (ram, kernel) = (GuestRam::new(32 * MIB, HugePages::None).unwrap(), bzimage());
-    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared, entry: EntryKind::Auto };
+    let images = Images { kernel: &kernel, initrd: None, mapping: ImageMapping::Shared };
     let longest = "x".repeat(crate::config::MAX_CMDLINE);
     fill(&ram, &images, &longest, 1, &[]).unwrap();
     let refusal = fill(&ram, &images, &(longest + "x"), 1, &[]).unwrap_err();

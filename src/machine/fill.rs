@@ -4,7 +4,7 @@ use std::fs::File;
 
 use super::Error;
 use super::shell::{Shell, renew_generation_id};
-use crate::boot::{self, EntryKind, Images, cmdline};
+use crate::boot::{self, Images, cmdline};
 use crate::config::{BootSource, VmConfig};
 use crate::kvm::ioctl;
 use crate::kvm::x86_64::cpuid::{self, Topology};
@@ -25,7 +25,7 @@ pub fn fill(
     let root = config.drives.first().filter(|drive| drive.is_root_device);
     let cmdline = cmdline::build(source.boot_args.as_deref(), root, &devices)?;
     let mapping = source.image_mapping.unwrap_or_default();
-    let images = Images { kernel, initrd, mapping, entry: EntryKind::Auto };
+    let images = Images { kernel, initrd, mapping };
     let vcpus = u8::try_from(shell.vcpu_fds.len()).unwrap_or(u8::MAX);
     let entry = boot::fill(&shell.ram, &images, &cmdline, vcpus, &devices)?;
     renew_generation_id(&shell.ram)?;

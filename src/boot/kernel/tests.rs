@@ -105,7 +105,7 @@ fn ram(mib: u64) -> GuestRam {
 }
 
 fn images<'a>(kernel: &'a File, initrd: Option<&'a File>, mapping: ImageMapping) -> Images<'a> {
-    Images { kernel, initrd, mapping, entry: EntryKind::Auto }
+    Images { kernel, initrd, mapping }
 }
 
 fn load_in(mib: u64, kernel: &[u8], initrd: Option<&[u8]>, mapping: ImageMapping) -> Result<(Loaded, Vec<u8>), Error> {
@@ -116,10 +116,8 @@ fn load_in(mib: u64, kernel: &[u8], initrd: Option<&[u8]>, mapping: ImageMapping
     Ok((loaded, bytes))
 }
 
-fn entry_of(kernel: &[u8], kind: EntryKind) -> Result<Entry, Error> {
-    let kernel = file_of(kernel);
-    let images = Images { entry: kind, ..images(&kernel, None, ImageMapping::Shared) };
-    load(&ram(32), &images).map(|loaded| loaded.entry)
+fn entry_of(kernel: &[u8]) -> Entry {
+    load(&ram(32), &images(&file_of(kernel), None, ImageMapping::Shared)).unwrap().entry
 }
 
 #[test]
@@ -145,23 +143,19 @@ fn a_linux_kernel_starts_in_long_mode_and_another_with_a_pvh_note_in_pvh() {
     let (as_linux, as_pvh) = (Entry::Linux64 { rip: LOAD }, Entry::Pvh { eip: LOAD as u32 + 0x80 });
 
     let both = elf(LOAD, &parts, &[other.clone(), linux, pvh.clone()].concat());
-    assert_eq!(entry_of(&both, EntryKind::Auto).unwrap(), as_linux);
-    assert_eq!(entry_of(&both, EntryKind::Pvh).unwrap(), as_pvh);
-    assert_eq!(entry_of(&both, EntryKind::Linux64).unwrap(), as_linux);
+    assert_eq!(entry_of(&both), as_linux);
 
     let unikernel = elf(LOAD, &parts, &[other, pvh_wide].concat());
-    assert_eq!(entry_of(&unikernel, EntryKind::Auto).unwrap(), as_pvh);
+    assert_eq!(entry_of(&unikernel), as_pvh);
 
     // Its ELF entry is a virtual address: only the note helps.
     let freebsd = elf(0xffff_ffff_8100_0000, &parts, &pvh);
-    assert_eq!(entry_of(&freebsd, EntryKind::Auto).unwrap(), as_pvh);
-    assert!(matches!(entry_of(&freebsd, EntryKind::Linux64), Err(Error::NoEntry { kind: EntryKind::Linux64 })));
+    assert_eq!(entry_of(&freebsd), as_pvh);
 
     let flat = elf(LOAD, &parts, &[]);
-    assert_eq!(entry_of(&flat, EntryKind::Auto).unwrap(), as_linux);
-    assert!(matches!(entry_of(&flat, EntryKind::Pvh), Err(Error::NoEntry { kind: EntryKind::Pvh })));
+    assert_eq!(entry_of(&flat), as_linux);
     let nowhere = elf(LOAD + 0x2000, &parts, &note(b"Xen\0", 18, &[0; 4]));
-    assert!(matches!(inspect(&file_of(&nowhere)), Err(Error::NoEntry { kind: EntryKind::Auto })));
+    assert!(matches!(inspect(&file_of(&nowhere)), Err(Error::NoEntry)));
 }
 
 #[test]
@@ -212,7 +206,7 @@ fn kernels_too_old_or_broken_are_told_apart() {
     assert!(matches!(refuse(|h| h.syssize = 0x302), Error::Header { .. }), "cut short");
     assert!(matches!(refuse(|h| h.setup_sects = 255), Error::Header { .. }), "all setup");
     assert!(matches!(refuse(|h| h.init_size = 0x1000), Error::Header { .. }), "no room for itself");
-    assert!(matches!(refuse(|h| h.init_size = 0), Error::NoEntry { .. }));
+    assert!(matches!(refuse(|h| h.init_size = 0), Error::NoEntry));
     assert!(matches!(refuse(|h| h.pref_address = 0x1000), Error::SegmentOutside { .. }));
     assert!(matches!(refuse(|h| h.pref_address = u64::MAX), Error::SegmentOutside { .. }));
     for bytes in [&b""[..], b"\x7fEL", b"#!/bin/sh\n", &[0; 8192]] {

@@ -3,7 +3,7 @@
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
-use crate::boot::params::{CODE_SELECTOR, DATA_SELECTOR, LONG_MODE, TSS_SELECTOR};
+use crate::boot::params::{CODE_SELECTOR, DATA_SELECTOR, GDT_LIMIT, TSS_SELECTOR};
 use crate::boot::{self, Entry};
 use crate::kvm::{Error, ioctl};
 
@@ -40,13 +40,13 @@ fn flat(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// Sets the bootstrap processor to `entry`: 64-bit mode with the tables of [`LONG_MODE`] (Linux
+/// Sets the bootstrap processor to `entry`: 64-bit mode with the tables of [`boot`] (Linux
 /// boot protocol, "64-bit boot protocol"), or 32-bit protected mode without paging (PVH).
 pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
     let mut sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
     let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, ..Default::default() };
-    sregs.gdt.base = LONG_MODE.gdt_base;
-    sregs.gdt.limit = LONG_MODE.gdt_limit;
+    sregs.gdt.base = boot::GDT;
+    sregs.gdt.limit = GDT_LIMIT;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
     let long = match entry {
@@ -56,7 +56,7 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
             regs.rsp = boot::STACK_TOP;
             regs.rbp = boot::STACK_TOP;
             sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
-            sregs.cr3 = LONG_MODE.cr3;
+            sregs.cr3 = boot::PAGE_TABLES;
             sregs.cr4 = CR4_PAE;
             sregs.efer = EFER_LME | EFER_LMA;
             true
