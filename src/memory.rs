@@ -477,11 +477,8 @@ fn reserve(gpa: u64, size: u64, huge_pages: HugePages, written: Written) -> Resu
 fn advise(slice: &Slice<'_>, advice: libc::c_int, name: &'static str) -> Result<(), Error> {
     // SAFETY: the range lies within one of our mappings, and none of the advice used here
     // changes what the memory holds.
-    let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) };
-    if done == 0 {
-        return Ok(());
-    }
-    Err(Error::Advise { advice: name, size: slice.len() as u64, source: io::Error::last_os_error() })
+    let done = checked(unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) });
+    done.map(drop).map_err(|source| Error::Advise { advice: name, size: slice.len() as u64, source })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::log;
+use crate::os::checked;
 use crate::sandbox::syscalls;
 
 /// Exit status and words per fatal signal (SPEC.md, "Exit status"); [`refused`] finds those of SIGSYS.
@@ -100,9 +101,7 @@ impl Termination {
             libc::sigaddset(&mut set, libc::SIGINT);
             libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
             let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            checked(fd)?;
             Ok(Self(OwnedFd::from_raw_fd(fd)))
         }
     }

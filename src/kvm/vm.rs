@@ -15,6 +15,7 @@ use super::x86_64::state::VmState;
 use super::{Error, ioctl};
 use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
+use crate::os::checked;
 
 /// `/dev/kvm`, checked.
 #[derive(Debug)]
@@ -131,9 +132,7 @@ impl Vm {
     pub unsafe fn second_handle(&self, vcpu: RawFd) -> Result<VcpuFd, Error> {
         // SAFETY: `fcntl` only looks the number up.
         let copy = unsafe { libc::fcntl(vcpu, libc::F_DUPFD_CLOEXEC, 3) };
-        if copy < 0 {
-            return Err(Error::Descriptor(io::Error::last_os_error()));
-        }
+        checked(copy).map_err(Error::Descriptor)?;
         // SAFETY: the descriptor is new, nobody else's, and by this function's contract a vCPU's.
         unsafe { self.fd.create_vcpu_from_rawfd(copy) }.map_err(ioctl("mmap of a vCPU"))
     }

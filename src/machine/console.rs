@@ -12,6 +12,7 @@ use crate::devices::serial::{OUTPUT_CAPACITY, Serial};
 use crate::devices::virtio::rate_limiter::TokenBucket;
 use crate::event_loop::{EventLoop, Token, When};
 use crate::metrics::METRICS;
+use crate::os::poll;
 
 /// Bytes moved per call: what a pipe that polls as writable takes without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
@@ -219,9 +220,7 @@ fn stdio(fd: RawFd) -> ManuallyDrop<File> {
 /// Whether `fd` takes at least `PIPE_BUF` bytes within `timeout`.
 fn poll_out(fd: RawFd, timeout: Duration) -> bool {
     let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: `poll` is one valid pollfd.
-    unsafe { libc::poll(&mut poll, 1, timeout) == 1 }
+    poll(fd, libc::POLLOUT, timeout).unwrap_or(false)
 }
 
 /// Makes the terminal on standard input raw. False if it is not ours to use: a background process

@@ -67,10 +67,8 @@ pub fn hold(file: &File, alone: bool) -> Result<(), Error> {
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = if alone { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
     // SAFETY: the structure is what the command reads. Its locks belong to the open file, not to the process.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error().raw_os_error() {
+    let held = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) });
+    match held.err().and_then(|error| error.raw_os_error()) {
         Some(libc::EAGAIN | libc::EACCES) => Err(Error::InUse),
         _ => Ok(()),
     }
@@ -296,10 +294,8 @@ unsafe fn is_zero(page: *const __m128i) -> bool {
 
 fn drop_pages(host: u64, length: u64) -> Result<(), Error> {
     // SAFETY: the range is part of a mapping of guest RAM, which no Rust reference points into.
-    match unsafe { libc::madvise(host as *mut libc::c_void, length as usize, libc::MADV_DONTNEED) } {
-        0 => Ok(()),
-        _ => Err(Error::Io("drop its changed pages", io::Error::last_os_error())),
-    }
+    let dropped = checked(unsafe { libc::madvise(host as *mut libc::c_void, length as usize, libc::MADV_DONTNEED) });
+    dropped.map(drop).map_err(|source| Error::Io("drop its changed pages", source))
 }
 
 /// Writes the pages of a run of the slot at `host`, which is at `offset` in the empty file, except those

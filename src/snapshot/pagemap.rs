@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::memory::Error;
 use crate::memory::PAGE_SIZE;
+use crate::os::checked;
 
 /// Bits of an entry.
 const PRESENT: u64 = 1 << 63;
@@ -91,9 +92,7 @@ impl Pagemap {
         let flags = libc::O_RDONLY | libc::O_CLOEXEC;
         // SAFETY: the path is a string that lives for the call, and the descriptor is borrowed.
         let fd = unsafe { libc::openat(proc.as_raw_fd(), c"pagemap".as_ptr(), flags) };
-        if fd < 0 {
-            return Err(fail(io::Error::last_os_error()));
-        }
+        checked(fd).map_err(fail)?;
         // SAFETY: the descriptor was just opened, for this alone.
         Ok(Self::of(unsafe { File::from_raw_fd(fd) }))
     }
@@ -167,8 +166,7 @@ impl Pagemap {
             ..Scan::default()
         };
         // SAFETY: `scan` says its size, and how many regions there is room for.
-        let count = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
-        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        let count = checked(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) })?;
         found.extend(regions.iter().take(count).map(|region| region.start - host..region.end - host));
         Ok(scan.walk_end.saturating_sub(host).min(range.end))
     }

@@ -14,7 +14,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Slot};
+use crate::os::{checked, poll, retried};
 
 /// Why no handler serves guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -86,21 +87,14 @@ impl Handler {
         // SAFETY: the ioctl reads and writes one `Api`.
         check(unsafe { libc::ioctl(faults.as_raw_fd(), UFFDIO_API, &raw mut api) }, "set up the userfaultfd")?;
         let (mut mappings, mut offset, page_size) = (Vec::new(), 0, ram.page_size());
-        for slot in ram.slots() {
-            let mut register = Register { start: slot.host, len: slot.size, mode: MODE_MISSING, ioctls: 0 };
+        for Slot { host, size, .. } in ram.slots() {
+            let mut register = Register { start: host, len: size, mode: MODE_MISSING, ioctls: 0 };
             // SAFETY: the ioctl reads and writes one `Register`; the range is a mapping of guest RAM, whose pages
             // no Rust reference points into.
             let done = unsafe { libc::ioctl(faults.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
             check(done, "register guest memory with the userfaultfd")?;
-            let base_host_virt_addr = slot.host;
-            mappings.push(Mapping {
-                base_host_virt_addr,
-                size: slot.size,
-                offset,
-                page_size,
-                page_size_kib: page_size,
-            });
-            offset += slot.size;
+            mappings.push(Mapping { base_host_virt_addr: host, size, offset, page_size, page_size_kib: page_size });
+            offset += size;
         }
         let told = serde_json::to_vec(&mappings).map_err(|error| Error::Io("describe guest memory", error.into()))?;
         let sent = stream.send_with_fd(&told[..], faults.as_raw_fd());
@@ -112,21 +106,13 @@ impl Handler {
 
     /// Waits until the handler has gone.
     pub fn wait(&self) {
-        while poll(self.stream.as_raw_fd(), -1) < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
-        }
+        let _ = retried(|| poll(self.stream.as_raw_fd(), libc::POLLRDHUP, -1));
     }
 }
 
 /// Sleeps, with a system call that waiting makes as well.
 pub fn sleep(duration: Duration) {
-    poll(-1, duration.as_millis() as libc::c_int);
-}
-
-/// Waits for the end of the connection `fd`, if it is one.
-fn poll(fd: RawFd, timeout: libc::c_int) -> libc::c_int {
-    let mut poll = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
-    // SAFETY: the call is told of one `pollfd`.
-    unsafe { libc::poll(&raw mut poll, 1, timeout) }
+    let _ = poll(-1, 0, duration.as_millis() as libc::c_int);
 }
 
 /// A userfaultfd for faults of this process and of the kernel on its behalf: KVM's are such.
@@ -138,13 +124,11 @@ fn create() -> io::Result<OwnedFd> {
         // SAFETY: the call takes flags, and makes a descriptor.
         Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) as RawFd },
     };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    checked(fd)?;
     // SAFETY: the descriptor was just made, for this alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn check(done: libc::c_int, what: &'static str) -> Result<(), Error> {
-    if done < 0 { Err(Error::Io(what, io::Error::last_os_error())) } else { Ok(()) }
+    checked(done).map(drop).map_err(|source| Error::Io(what, source))
 }

@@ -111,10 +111,10 @@ unsafe fn run(file: &File, operation: &Operation<'_>) -> io::Result<usize> {
             checked(unsafe { libc::pwritev(fd, from.as_ptr(), count(from) as i32, offset as i64) })
         }
         // SAFETY: takes no memory.
-        Operation::Sync => checked(unsafe { libc::fdatasync(fd) } as isize),
+        Operation::Sync => checked(unsafe { libc::fdatasync(fd) }),
         Operation::Allocate { mode, offset, length } => {
             // SAFETY: takes no memory.
-            checked(unsafe { libc::fallocate(fd, mode, offset as i64, length as i64) } as isize)
+            checked(unsafe { libc::fallocate(fd, mode, offset as i64, length as i64) })
         }
     })
 }

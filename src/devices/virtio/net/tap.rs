@@ -88,11 +88,9 @@ impl Tap {
         // SAFETY: F_GETFL and F_SETFL take and give flags, of a descriptor that is open.
         let set = unsafe {
             let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
-            flags >= 0 && libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) == 0
+            checked(flags).and_then(|_| checked(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)))
         };
-        if !set {
-            return Err(system("cannot set O_NONBLOCK")(io::Error::last_os_error()));
-        }
+        set.map_err(system("cannot set O_NONBLOCK"))?;
         let own = fd.try_clone_to_owned().map_err(system("cannot duplicate the descriptor"))?;
         Self::set_up(File::from(own))
     }
@@ -219,16 +217,10 @@ fn no_request() -> ifreq {
 fn ioctl<T>(fd: &impl AsRawFd, request: Ioctl, argument: &mut T) -> io::Result<()> {
     // SAFETY: every request made here is one of /dev/net/tun, which takes a pointer to an ifreq or
     // an int, as `T` is; on any other descriptor it is an error.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), request, ptr::from_mut(argument)) } {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    checked(unsafe { libc::ioctl(fd.as_raw_fd(), request, ptr::from_mut(argument)) }).map(drop)
 }
 
 fn offload(file: &File, flags: c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes a number.
-    match unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(flags)) } {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(flags)) }).map(drop)
 }
