@@ -18,7 +18,7 @@ use crate::config::SnapshotCreate;
 use crate::control::{Answer, Event, Refusal, Reply};
 use crate::metrics::METRICS;
 use crate::snapshot::Id;
-use crate::snapshot::memory::{Copy, Pages};
+use crate::snapshot::memory::{self, Copy, Pages};
 
 /// Bytes of RAM that one wake of the event loop looks at: devices wait no longer than it takes to copy these.
 const SLICE: u64 = 1 << 20;
@@ -56,14 +56,10 @@ impl Live {
     fn catch_up(&mut self, machine: &Machine) -> Result<(), Error> {
         METRICS.snapshot.live_running_bytes.add(self.copy.copied());
         let written = machine.take_written()?.ok_or(SnapshotError::NotTracked)?;
-        let pagemap = machine.pagemap()?;
-        let rest = || {
-            let mut rest = Copy::new(&machine.ram, Pages::Noted(written), self.file.file())?;
-            rest.go_on(&machine.ram, pagemap, self.file.file(), u64::MAX)?;
-            METRICS.snapshot.live_paused_bytes.add(rest.copied());
-            crate::snapshot::memory::mark(self.file.file(), machine.ram.size(), self.id)
-        };
-        Ok(rest().map_err(|source| self.file.error(source))?)
+        let (rest, file) = (Pages::Noted(written), self.file.file());
+        let copied = memory::write(&machine.ram, rest, machine.pagemap()?, self.id, file);
+        METRICS.snapshot.live_paused_bytes.add(copied.map_err(|source| self.file.error(source))?);
+        Ok(())
     }
 }
 

@@ -86,14 +86,14 @@ pub enum Pages {
 }
 
 /// Writes `pages` of `ram` into `file`, which is empty or, unless these are all, holds earlier pages of the
-/// same RAM, and says which snapshot it belongs to from now on.
+/// same RAM, and says which snapshot it belongs to from now on. Returns how many bytes they are.
 ///
 /// # Errors
 /// The file cannot be written: the disk is full, say. Or there is no /proc.
-pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<(), Error> {
+pub fn write(ram: &GuestRam, pages: Pages, pagemap: &Pagemap, id: Id, file: &File) -> Result<u64, Error> {
     let mut copy = Copy::new(ram, pages, file)?;
     copy.go_on(ram, pagemap, file, u64::MAX)?;
-    mark(file, ram.size(), id)
+    mark(file, ram.size(), id).map(|()| copy.copied)
 }
 
 /// A copy of RAM in a file, made piece by piece.

@@ -198,11 +198,8 @@ fn set_brand(entries: &mut [kvm_cpuid_entry2], vendor: Vendor) {
     let mut text = [0u8; 48];
     text[..brand.len()].copy_from_slice(brand);
     for entry in entries.iter_mut().filter(|e| BRAND.contains(&e.function)) {
-        let at = (entry.function - BRAND.start()) as usize * 16;
-        let word = |i: usize| {
-            let from = at + i * 4;
-            u32::from_le_bytes([text[from], text[from + 1], text[from + 2], text[from + 3]])
-        };
+        let at = (entry.function - BRAND.start()) as usize * 4;
+        let word = |i: usize| u32::from_le_bytes(text.as_chunks().0[at + i]);
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
     }
 }

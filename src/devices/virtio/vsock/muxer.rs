@@ -219,7 +219,7 @@ impl Muxer {
 
     fn begin_greeting(&mut self, peer: Peer) {
         let Some(slot) = self.vacant() else { return METRICS.vsock.conns_refused.inc() };
-        if self.watch(&peer, slot, ControlOperation::Add, EventSet::empty()).is_err() {
+        if watch(&self.epoll, &peer, slot, ControlOperation::Add, EventSet::empty()).is_err() {
             return METRICS.vsock.conns_refused.inc();
         }
         self.slots[usize::from(slot)].occupant = Some(Occupant::Greeting(peer, Instant::now()));
@@ -332,7 +332,7 @@ impl Muxer {
         let place = self.vacant();
         let connected = place.and_then(|slot| {
             let peer = Peer::connect(path.as_ref()).ok()?;
-            self.watch(&peer, slot, ControlOperation::Add, EventSet::empty()).ok()?;
+            watch(&self.epoll, &peer, slot, ControlOperation::Add, EventSet::empty()).ok()?;
             Some((slot, peer))
         });
         match connected {
@@ -371,7 +371,7 @@ impl Muxer {
             if peer.has_backlog() != link.watched_for_writing {
                 link.watched_for_writing = peer.has_backlog();
                 let events = if link.watched_for_writing { EventSet::OUT } else { EventSet::empty() };
-                if let Err(error) = modify(epoll, peer, slot, ControlOperation::Modify, events) {
+                if let Err(error) = watch(epoll, peer, slot, ControlOperation::Modify, events) {
                     warn_limited!("vsock: a host process cannot be watched: {error}");
                     link.connection.abort();
                 }
@@ -450,13 +450,9 @@ impl Muxer {
         }
         self.free.last().copied()
     }
-
-    fn watch(&self, peer: &Peer, slot: u16, how: ControlOperation, more: EventSet) -> io::Result<()> {
-        modify(&self.epoll, peer, slot, how, more)
-    }
 }
 
-fn modify(epoll: &Epoll, peer: &Peer, slot: u16, how: ControlOperation, more: EventSet) -> io::Result<()> {
+fn watch(epoll: &Epoll, peer: &Peer, slot: u16, how: ControlOperation, more: EventSet) -> io::Result<()> {
     let events = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED | more;
     epoll.ctl(how, peer.as_raw_fd(), EpollEvent::new(events, slot.into()))
 }

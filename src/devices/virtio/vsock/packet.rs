@@ -119,15 +119,18 @@ impl Packet {
     /// Reads a header that the guest with `guest_cid` sent. `None` if it is not from that guest, or not to the
     /// host: such a packet goes nowhere (§5.10.6.1).
     pub fn parse(bytes: &[u8; HEADER_SIZE], guest_cid: u64) -> Option<Self> {
-        if (long(bytes, 0), long(bytes, 8)) != (guest_cid, HOST_CID) {
+        let short = |at| u16::from_le_bytes(field(bytes, at));
+        let word = |at| u32::from_le_bytes(field(bytes, at));
+        let long = |at| u64::from_le_bytes(field(bytes, at));
+        if (long(0), long(8)) != (guest_cid, HOST_CID) {
             return None;
         }
-        let op = Op::from_wire(short(bytes, 30), word(bytes, 32)).filter(|_| short(bytes, 28) == TYPE_STREAM);
+        let op = Op::from_wire(short(30), word(32)).filter(|_| short(28) == TYPE_STREAM);
         Some(Self {
-            ports: Ports { guest: word(bytes, 16), host: word(bytes, 20) },
+            ports: Ports { guest: word(16), host: word(20) },
             op,
-            length: word(bytes, 24),
-            credit: Credit { buf_alloc: word(bytes, 36), fwd_cnt: word(bytes, 40) },
+            length: word(24),
+            credit: Credit { buf_alloc: word(36), fwd_cnt: word(40) },
         })
     }
 }
@@ -150,22 +153,10 @@ pub fn header(guest_cid: u64, ports: Ports, op: Op, length: u32, credit: Credit)
     bytes
 }
 
-fn array<const N: usize>(bytes: &[u8; HEADER_SIZE], offset: usize) -> [u8; N] {
+fn field<const N: usize>(bytes: &[u8; HEADER_SIZE], offset: usize) -> [u8; N] {
     let mut field = [0; N];
     field.copy_from_slice(&bytes[offset..offset + N]);
     field
-}
-
-fn short(bytes: &[u8; HEADER_SIZE], offset: usize) -> u16 {
-    u16::from_le_bytes(array(bytes, offset))
-}
-
-fn word(bytes: &[u8; HEADER_SIZE], offset: usize) -> u32 {
-    u32::from_le_bytes(array(bytes, offset))
-}
-
-fn long(bytes: &[u8; HEADER_SIZE], offset: usize) -> u64 {
-    u64::from_le_bytes(array(bytes, offset))
 }
 
 #[cfg(test)]
