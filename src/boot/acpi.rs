@@ -4,6 +4,7 @@
 //! that a guest would have to probe. Linux then gives I/O APIC pins no fixed interrupt numbers,
 //! so every device with an interrupt is in the DSDT, the serial port and the i8042 too.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, ONE, Package, Path, ResourceTemplate,
 };
@@ -13,7 +14,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
 use vm_memory::GuestMemoryError;
 
 use super::{ACPI, ACPI_END, put};
@@ -115,16 +115,15 @@ fn dsdt(devices: &[MmioDevice]) -> Sdt {
 /// The VM generation ID, and the generic event device (§5.6.9) that turns its interrupt into a
 /// notification, since a hardware-reduced platform has no SCI.
 fn generation_id() -> Vec<u8> {
-    let name = |name: &str, value: &dyn Aml| bytes_of(&Name::new(Path::new(name), value));
     let id = Path::new("\\_SB_.VGEN");
     let address: [u32; 2] = [VM_GENERATION_ID as u32, (VM_GENERATION_ID >> 32) as u32];
     let mut aml = bytes_of(&Device::new(
         Path::new("\\_SB_.VGEN"),
         vec![
-            &Raw(name("_HID", &"VSCL0001")),
-            &Raw(name("_CID", &"VM_Gen_Counter")),
-            &Raw(name("_DDN", &"VM_Gen_Counter")),
-            &Raw(name("ADDR", &Package::new(vec![&address[0], &address[1]]))),
+            &name("_HID", &"VSCL0001"),
+            &name("_CID", &"VM_Gen_Counter"),
+            &name("_DDN", &"VM_Gen_Counter"),
+            &name("ADDR", &Package::new(vec![&address[0], &address[1]])),
         ],
     ));
     let notify = Notify::new(&id, &0x80u8);
@@ -132,35 +131,29 @@ fn generation_id() -> Vec<u8> {
     aml.extend(bytes_of(&Device::new(
         Path::new("\\_SB_.GED_"),
         vec![
-            &Raw(name("_HID", &"ACPI0013")),
-            &Raw(name("_CRS", &ResourceTemplate::new(vec![&interrupt(VM_GENERATION_IRQ)]))),
+            &name("_HID", &"ACPI0013"),
+            &name("_CRS", &ResourceTemplate::new(vec![&interrupt(VM_GENERATION_IRQ)])),
             &changed,
         ],
     )));
     aml
 }
 
-/// AML that is made already.
-struct Raw(Vec<u8>);
-
-impl Aml for Raw {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(&self.0);
-    }
-}
-
-/// `\_SB.name`, whose memory accesses are coherent as all are here.
-fn device(name: &str, hid: &dyn Aml, uid: u8, resources: &[&dyn Aml]) -> Vec<u8> {
-    let name_of = |name: &str, value: &dyn Aml| Name::new(Path::new(name), value);
+/// `\_SB.place`, whose memory accesses are coherent as all are here.
+fn device(place: &str, hid: &dyn Aml, uid: u8, resources: &[&dyn Aml]) -> Vec<u8> {
     bytes_of(&Device::new(
-        Path::new(&format!("\\_SB_.{name}")),
+        Path::new(&format!("\\_SB_.{place}")),
         vec![
-            &name_of("_HID", hid),
-            &name_of("_UID", &uid),
-            &name_of("_CCA", &ONE),
-            &name_of("_CRS", &ResourceTemplate::new(resources.to_vec())),
+            &name("_HID", hid),
+            &name("_UID", &uid),
+            &name("_CCA", &ONE),
+            &name("_CRS", &ResourceTemplate::new(resources.to_vec())),
         ],
     ))
+}
+
+fn name(name: &str, value: &dyn Aml) -> Name {
+    Name::new(Path::new(name), value)
 }
 
 /// Edge-triggered and active high, as KVM's irqfd raises it: a pulse, nobody acknowledges.

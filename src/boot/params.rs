@@ -15,12 +15,13 @@ const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
 /// `boot_flag`, `header` and `version` of `struct setup_header` (Linux boot protocol 2.15).
-const BOOT_FLAG: u16 = 0xAA55;
-const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
+pub(super) const BOOT_FLAG: u16 = 0xAA55;
+pub(super) const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 const PROTOCOL: u16 = 0x020f;
 /// `type_of_loader` of a boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xFF;
-const LOADED_HIGH: u8 = 1;
+/// Bit of `loadflags`: the protected-mode part goes to high memory.
+pub(super) const LOADED_HIGH: u8 = 1;
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
 
 /// "xEn3" with the top bit of the E set (`XEN_HVM_START_MAGIC_VALUE`).
@@ -50,24 +51,13 @@ const ENTRIES: usize = 512;
 /// Page directories: one for each GiB below 4 GiB.
 const DIRECTORIES: u64 = 4;
 
-/// A range of the guest's memory map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MapEntry {
-    /// Guest physical address.
-    pub start: u64,
-    /// Bytes.
-    pub size: u64,
-    /// e820 type: 1 usable, 2 reserved.
-    pub kind: u32,
-}
-
 /// The size of the GDT at [`GDT`] in bytes, less one.
 pub const GDT_LIMIT: u16 = (size_of_val(&GDT_ENTRIES) - 1) as u16;
 
 /// The memory map: RAM without what the tables occupy. Between [`EBDA_END`] and [`ACPI`] nothing
 /// is announced, as in every PC.
-pub fn memory_map(ram: &GuestRam) -> Vec<MapEntry> {
-    let entry = |start, end, kind| MapEntry { start, size: end - start, kind };
+pub fn memory_map(ram: &GuestRam) -> Vec<hvm_memmap_table_entry> {
+    let entry = |addr, end, type_| hvm_memmap_table_entry { addr, size: end - addr, type_, reserved: 0 };
     let mut map =
         vec![entry(0, EBDA, E820_RAM), entry(EBDA, EBDA_END, E820_RESERVED), entry(ACPI, BIOS_END, E820_RESERVED)];
     if ram.low_end() > HIGH_MEMORY {
@@ -108,7 +98,7 @@ fn write_zero_page(ram: &GuestRam, loaded: &Loaded, rsdp: u64) -> Result<(), Gue
 
     let mut params = boot_params { hdr, acpi_rsdp_addr: rsdp, ..Default::default() };
     for (slot, entry) in params.e820_table.iter_mut().zip(memory_map(ram)) {
-        *slot = boot_e820_entry { addr: entry.start, size: entry.size, r#type: entry.kind };
+        *slot = boot_e820_entry { addr: entry.addr, size: entry.size, r#type: entry.type_ };
         params.e820_entries += 1;
     }
     ram.memory().write_obj(params, GuestAddress(ZERO_PAGE))
@@ -135,7 +125,6 @@ fn write_start_info(ram: &GuestRam, loaded: &Loaded, rsdp: u64) -> Result<(), Gu
     }
     let mut at = PVH_MEMORY_MAP;
     for entry in map {
-        let entry = hvm_memmap_table_entry { addr: entry.start, size: entry.size, type_: entry.kind, reserved: 0 };
         memory.write_obj(entry, GuestAddress(at))?;
         at += size_of::<hvm_memmap_table_entry>() as u64;
     }
@@ -187,9 +176,9 @@ mod tests {
     /// Usable ranges from 1 MiB up.
     fn high_ram(size: u64) -> Vec<(u64, u64)> {
         let map = memory_map(&ram(size));
-        assert!(map.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "sorted, no overlap: {map:x?}");
-        let usable = map.iter().filter(|e| e.kind == RAM && e.start >= MIB);
-        usable.map(|e| (e.start, e.start + e.size)).collect()
+        assert!(map.windows(2).all(|w| w[0].addr + w[0].size <= w[1].addr), "sorted, no overlap: {map:x?}");
+        let usable = map.iter().filter(|e| e.type_ == RAM && e.addr >= MIB);
+        usable.map(|e| (e.addr, e.addr + e.size)).collect()
     }
 
     #[test]
@@ -204,7 +193,7 @@ mod tests {
     #[test]
     fn tables_are_in_reserved_ranges_and_low_structures_in_ram() {
         let map = memory_map(&ram(16 * MIB));
-        let kind = |gpa| map.iter().find(|e| (e.start..e.start + e.size).contains(&gpa)).map(|e| e.kind);
+        let kind = |gpa| map.iter().find(|e| (e.addr..e.addr + e.size).contains(&gpa)).map(|e| e.type_);
         for reserved in [EBDA, EBDA_END - 1, ACPI, BIOS_END - 1] {
             assert_eq!(kind(reserved), Some(E820_RESERVED), "{reserved:#x}");
         }
@@ -234,7 +223,7 @@ mod tests {
         assert_eq!({ params.acpi_rsdp_addr }, 0xE_0000);
         let entries = params.e820_table;
         let map: Vec<_> = entries[..params.e820_entries.into()].iter().map(|e| (e.addr, e.size, e.r#type)).collect();
-        assert_eq!(map, memory_map(&ram).iter().map(|e| (e.start, e.size, e.kind)).collect::<Vec<_>>());
+        assert_eq!(map, memory_map(&ram).iter().map(|e| (e.addr, e.size, e.type_)).collect::<Vec<_>>());
         // Where the boot protocol says they are, whatever the structure above thinks.
         assert_eq!(read::<[u8; 4]>(&ram, ZERO_PAGE + 0x202), *b"HdrS");
         assert_eq!(read::<u8>(&ram, ZERO_PAGE + 0x1e8), params.e820_entries);
@@ -272,9 +261,7 @@ mod tests {
         let size = size_of::<hvm_memmap_table_entry>() as u64;
         let entries = (0..info.memmap_entries).map(|n| info.memmap_paddr + u64::from(n) * size);
         let map: Vec<hvm_memmap_table_entry> = entries.map(|at| read(&ram, at)).collect();
-        let expected = memory_map(&ram);
-        assert_eq!(map.len(), expected.len());
-        assert!(map.iter().zip(&expected).all(|(a, b)| (a.addr, a.size, a.type_) == (b.start, b.size, b.kind)));
+        assert_eq!(map, memory_map(&ram));
 
         write(&ram, &loaded(entry, None), 0).unwrap();
         assert_eq!(read::<hvm_start_info>(&ram, PVH_START_INFO).nr_modules, 0);

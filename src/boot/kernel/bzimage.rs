@@ -6,6 +6,7 @@ use linux_loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 use super::{Error, KernelInfo, Segment, read_at};
+use crate::boot::params::{BOOT_FLAG, HEADER_MAGIC, LOADED_HIGH};
 
 /// Offset of `struct setup_header` in the file.
 const SETUP_HEADER: u64 = 0x1f1;
@@ -13,12 +14,8 @@ const SETUP_HEADER: u64 = 0x1f1;
 const JUMP_BASE: usize = 0x202;
 /// ...and at least after `init_size`, the last field needed.
 const NEEDED_END: usize = 0x264;
-const MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-const BOOT_FLAG: u16 = 0xAA55;
 /// The version that brought `xloadflags`.
 const PROTOCOL_2_12: u16 = 0x020c;
-/// Bit of `loadflags`: the protected-mode part goes to high memory.
-const LOADED_HIGH: u8 = 1;
 /// Bit of `xloadflags`: has a 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 /// The 64-bit entry point, from where the protected-mode part is loaded.
@@ -58,7 +55,7 @@ fn read_header(kernel: &File, file_len: u64) -> Result<setup_header, Error> {
         return Err(Error::UnknownFormat);
     }
     read_at(kernel, header.as_mut_slice(), SETUP_HEADER, "bzImage setup header")?;
-    if header.boot_flag != BOOT_FLAG || header.header != MAGIC {
+    if header.boot_flag != BOOT_FLAG || header.header != HEADER_MAGIC {
         return Err(Error::UnknownFormat);
     }
     let jump = header.jump;

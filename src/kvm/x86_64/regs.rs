@@ -24,19 +24,15 @@ const DELIVERY_EXTINT: u32 = 7;
 /// A flat 4 GiB segment; `type_` 0xb is code, 3 is data.
 fn flat(selector: u16, type_: u8, long: bool) -> kvm_segment {
     kvm_segment {
-        base: 0,
         limit: 0xffff_ffff,
         selector,
         type_,
         present: 1,
-        dpl: 0,
         db: u8::from(!long),
         s: 1,
         l: u8::from(long),
         g: 1,
-        avl: 0,
-        unusable: 0,
-        padding: 0,
+        ..Default::default()
     }
 }
 
