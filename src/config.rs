@@ -440,15 +440,12 @@ impl VmConfig {
     /// # Errors
     /// It names an interface that does not exist; nothing changed then.
     pub fn set_mmds(&mut self, mmds: MmdsConfig) -> Result<(), ConfigError> {
-        if let Some(id) = mmds.network_interfaces.iter().find(|id| !self.has_interface(id)) {
+        let exists = |id: &String| self.network_interfaces.iter().any(|interface| interface.iface_id == *id);
+        if let Some(id) = mmds.network_interfaces.iter().find(|id| !exists(id)) {
             return Err(ConfigError::MmdsInterface(id.clone()));
         }
         self.mmds = Some(mmds);
         Ok(())
-    }
-
-    fn has_interface(&self, id: &str) -> bool {
-        self.network_interfaces.iter().any(|interface| interface.iface_id == id)
     }
 
     /// Sets or replaces the vsock device.

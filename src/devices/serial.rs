@@ -184,9 +184,9 @@ impl Serial {
         count
     }
 
-    /// Calls the vmm thread, which leaves output here for now.
-    pub fn call_again(&self) {
-        self.wake_vmm();
+    /// Calls the vmm thread.
+    pub fn wake_vmm(&self) {
+        let _ = self.wake.write(1);
     }
 
     /// Gives the guest input; returns how much was taken.
@@ -281,10 +281,6 @@ impl Serial {
     fn raise(&self) {
         // A write fails only if the counter would overflow: the interrupt is pending anyway.
         let _ = self.interrupt.write(1);
-    }
-
-    fn wake_vmm(&self) {
-        let _ = self.wake.write(1);
     }
 }
 

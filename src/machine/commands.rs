@@ -128,8 +128,9 @@ impl Vmm {
         Ok(Metrics { lines, _timer: timer })
     }
 
-    /// Without a metrics file there is nothing to do, and that is no error.
-    fn flush_metrics(&mut self) -> Result<(), Refusal> {
+    /// Writes a line: on demand, now and then, and at the end. A reader that went away is counted in the metrics; without
+    /// a metrics file there is nothing to do, and that is no error.
+    pub(super) fn flush_metrics(&mut self) -> Result<(), Refusal> {
         let Some(metrics) = &mut self.metrics else { return Ok(()) };
         metrics.lines.write().map_err(|error| Refusal(format!("Cannot write the metrics: {error}.")))
     }

@@ -95,7 +95,8 @@ impl Console {
                 }
             }
         }
-        lock(serial).call_again();
+        // The rest has another turn.
+        lock(serial).wake_vmm();
     }
 
     /// Reads standard input and offers it to the guest.

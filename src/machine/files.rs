@@ -99,15 +99,11 @@ impl Files {
 
     /// Opens where the serial port writes to: a file, made if missing, or a FIFO with a reader.
     pub fn set_serial(&mut self, path: Option<&Path>) -> Result<(), Error> {
-        self.serial = path
-            .map(|path| {
-                crate::log::open_append(path).map_err(|source| Error::Open {
-                    what: "serial_out_path",
-                    path: path.to_owned(),
-                    source,
-                })
-            })
-            .transpose()?;
+        let open = |path: &Path| {
+            let file = crate::log::open_append(path);
+            file.map_err(|source| Error::Open { what: "serial_out_path", path: path.to_owned(), source })
+        };
+        self.serial = path.map(open).transpose()?;
         Ok(())
     }
 }

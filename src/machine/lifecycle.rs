@@ -196,7 +196,7 @@ impl Vmm {
             Token::Command => self.serve_commands(),
             Token::Signal => return Some(Ending::clean("stopped by a signal")),
             Token::HandlerGone => return Some(Ending::failure(handler::GONE.into())),
-            Token::Metrics => self.write_metrics(),
+            Token::Metrics => _ = self.flush_metrics(),
             _ => {}
         }
         let machine = self.machine.as_mut()?;
@@ -367,13 +367,6 @@ impl Vmm {
         Ok(())
     }
 
-    /// A line now and then, and at the end; a reader that went away is counted in the metrics.
-    fn write_metrics(&mut self) {
-        if let Some(metrics) = &mut self.metrics {
-            let _ = metrics.lines.write();
-        }
-    }
-
     /// Has the vCPUs park; the rest follows when they have.
     pub(super) fn park(&mut self, parking: Parking) {
         self.parking = Some(parking);
@@ -468,7 +461,7 @@ impl Vmm {
         } else {
             ::log::error!("The microVM ended: {}.", ending.reason);
         }
-        self.write_metrics();
+        let _ = self.flush_metrics();
         if let Some(subscribers) = self.subscribers.take() {
             subscribers.publish(Event::Exited { status: ending.status, reason: ending.reason.clone() });
         }
