@@ -132,6 +132,11 @@ fn a_tap_that_was_passed_in_takes_no_privilege() {
     let not_passed = format!("fd:{}", fd.as_raw_fd() + 1000);
     let socket: OwnedFd = UdpSocket::bind("127.0.0.1:0").unwrap().into();
     let no_tap = format!("fd:{}", socket.as_raw_fd());
+    let unused = std::fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd())).unwrap();
+    let has_unused = |vm: &mut MicroVm| {
+        let mut open = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
+        open.any(|fd| std::fs::read_link(fd.unwrap().path()).is_ok_and(|file| file == unused))
+    };
 
     let guest = Guest::tuned().unprivileged().pass(fd).pass(socket).interface("net0", &name, mac(tap.net));
     let mut vm = guest.configure();
@@ -146,8 +151,10 @@ fn a_tap_that_was_passed_in_takes_no_privilege() {
     let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
     assert!(status.contains("CapEff:\t0000000000000000") && status.contains("Uid:\t65534"), "{status}");
 
+    assert!(has_unused(&mut vm));
     vm.start();
     vm.wait_until_ready();
+    assert!(!has_unused(&mut vm), "a guest has no use of a descriptor that no device took");
     tap.set_up(&mut vm, "eth0");
     vm.ok(&format!("ping -c 3 -W 10 {}", tap.host()));
     assert_eq!(vm.get("/vm/config")["network-interfaces"][0]["host_dev_name"], json!(name));

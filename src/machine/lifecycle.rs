@@ -298,6 +298,7 @@ impl Vmm {
         self.watch_machine(&machine).map_err(refuse)?;
         // What the machine has taken over is not needed any more.
         self.files = Files::default();
+        self.host.passed.clear();
         self.machine.insert(machine).console.open_input(&self.events);
         let mut grants = files::grants(&self.config, snapshot);
         if let Some(socket) = &self.host.api_socket {

@@ -81,14 +81,14 @@ mod tests {
         assert_eq!(refused(&|state| state.kind = 1), "it is of device kind 1, not 2");
         assert_eq!(refused(&|state| state.queues.clear()), "it has 0 queues, not 1");
         let alien = "its driver uses the features 0x8000000000000000, which this device does not offer";
-        assert_eq!(refused(&|state| state.driver_features |= 1 << 63), alien);
+        assert_eq!(refused(&|state| state.registers.driver_features |= 1 << 63), alien);
         // Unknown bits, and DRIVER_OK without FEATURES_OK.
         for status in [0x1f, 0x2f, 0x10f, 0x7] {
             let says = format!("its status {status:#x} is none that a device can have");
-            assert_eq!(refused(&|state| state.status = status), says);
+            assert_eq!(refused(&|state| state.registers.status = status), says);
         }
         // Features that were asked for and never accepted are no matter.
-        restore(&|state| (state.status, state.driver_features) = (0x3, 1 << 63)).unwrap();
+        restore(&|state| (state.registers.status, state.registers.driver_features) = (0x3, 1 << 63)).unwrap();
         restore(&|_| ()).unwrap();
         assert_eq!(guest.status(), 0xf);
     }
