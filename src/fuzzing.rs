@@ -12,7 +12,7 @@ const TARGETS: [(&str, Target); 10] = [
     ("net", virtio::net::tests::random::no_random_sequence_of_buffers_and_frames_breaks_the_network),
     ("vsock", virtio::vsock::tests_random::no_random_sequence_of_packets_and_peers_breaks_the_vsock),
     ("credit", virtio::vsock::connection::tests::no_order_of_steps_breaks_a_bound),
-    ("mmds", mmds::tests::random_frames_break_nothing),
+    ("mmds", mmds::tests::random::random_frames_break_nothing),
     ("http", api::server::tests::no_bytes_end_the_server),
     ("api", api::routes::tests_random::any_request_is_understood_or_refused_in_the_documented_shape),
     ("kernel", boot::kernel::tests::hostile_headers_never_panic),

@@ -1,5 +1,7 @@
 //! Properties that must hold for anything a guest, a client or a file may say: tests, and what a fuzzer runs.
 
+use proptest::prelude::{Just, Strategy, any};
+use proptest::sample::{Index, select};
 use proptest::test_runner::Config;
 
 /// As many generated inputs as `PROPTEST_CASES` says (see tools/fuzz), or else `usual` ones.
@@ -7,6 +9,55 @@ pub fn inputs(usual: u32) -> Config {
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => Config::default(),
         None => Config { cases: usual, ..Config::default() },
+    }
+}
+
+/// A change to bytes: some of them give way to others.
+#[derive(Debug, Clone)]
+pub struct Change {
+    at: Index,
+    length: usize,
+    by: By,
+}
+
+#[derive(Debug, Clone)]
+enum By {
+    These(Vec<u8>),
+    /// So many from there.
+    Own(Index, usize),
+}
+
+/// What makes of something valid what is nearly valid, so that it comes further than any bytes would.
+pub fn changes() -> impl Strategy<Value = Vec<Change>> {
+    let numbers = [0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0xffff, (1 << 31) - 1, 1 << 31, u32::MAX.into(), 1 << 32];
+    let number = select([&numbers[..], &[i64::MAX as u64, 1 << 63, u64::MAX - 1, u64::MAX]].concat());
+    let words = ["-1", "1e999", "18446744073709551616", "null", "\"\"", "\\u0000", "{", "[", "]", ",", "\r\n", "\0"];
+    let change = prop_oneof![
+        4 => any::<u8>().prop_map(|byte| (1, By::These(vec![byte]))),
+        3 => (number.clone(), select(vec![1, 2, 4, 8]))
+            .prop_map(|(number, width)| (width, By::These(number.to_le_bytes()[..width].to_vec()))),
+        2 => (number, 1..4usize).prop_map(|(number, length)| (length, By::These(postcard::to_allocvec(&number).unwrap()))),
+        1 => (0..9usize, select(words.to_vec())).prop_map(|(length, word)| (length, By::These(word.into()))),
+        1 => (1..17usize).prop_map(|length| (length, By::These(vec![]))),
+        1 => (0..17usize, any::<Index>(), 1..65usize).prop_map(|(length, from, count)| (length, By::Own(from, count))),
+        1 => Just((usize::MAX, By::These(vec![]))),
+    ];
+    let change = (any::<Index>(), change).prop_map(|(at, (length, by))| Change { at, length, by });
+    proptest::collection::vec(change, 0..6)
+}
+
+/// Makes `changes` to `bytes`, one after the other.
+pub fn change(bytes: &mut Vec<u8>, changes: &[Change]) {
+    for Change { at, length, by } in changes {
+        let range = |at: &Index, length: usize| {
+            let at = at.index(bytes.len() + 1);
+            at..at.saturating_add(length).min(bytes.len())
+        };
+        let by = match by {
+            By::These(these) => these.clone(),
+            By::Own(from, count) => bytes[range(from, *count)].to_vec(),
+        };
+        bytes.splice(range(at, *length), by);
     }
 }
 

@@ -3,14 +3,12 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::endpoint::MAX_FRAME;
 use super::frames::MAC;
 use super::stack::{IDLE, MAX_CONNECTIONS};
 use super::*;
-use crate::generated::{prop_oneof, properties};
 
 pub(super) const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -433,62 +431,4 @@ fn a_guest_that_does_not_read_its_ring_costs_a_bounded_amount() {
     assert!(guest.segments().len() <= 256);
 }
 
-properties! {
-    /// Whatever a guest sends, valid or nearly so, ends nothing and is answered in whole frames; and
-    /// afterwards the service still works.
-    #[test]
-    fn random_frames_break_nothing(
-        frames in prop::collection::vec(
-            (any::<u8>(), prop::collection::vec(any::<u8>(), 0..40), prop::collection::vec(any::<u8>(), 0..80),
-             prop_oneof![Just(None), (0usize..120, any::<u8>()).prop_map(Some)], 0u64..3_000, any::<u32>(), any::<bool>()),
-            1..60,
-        ),
-    ) {
-        let mut guest = Hand::new(endpoint(json!({"a": "one"})), 7);
-        guest.connect(&[]);
-        for (flags, options, payload, change, pause, sequence, in_order) in frames {
-            guest.now += Duration::from_millis(pause);
-            if !in_order {
-                guest.sequence = sequence;
-                guest.acknowledgement = guest.acknowledgement.wrapping_add(u32::from(flags));
-            }
-            let options = &options[..options.len() / 4 * 4];
-            match change {
-                None => guest.raw(flags, options, &payload),
-                Some((at, value)) => {
-                    let mut frame = [&MAC[..], &GUEST_MAC, &[8, 0, 0x45, 0, 0, 120, 0, 0, 0, 0, 64, 6, 0, 0]].concat();
-                    frame.extend(GUEST.octets().iter().chain(&ADDRESS.octets()));
-                    frame.extend([0x9c, 0x40, 0, 80].iter().chain(options).chain(&payload));
-                    if let Some(byte) = frame.get_mut(at) {
-                        *byte = value;
-                    }
-                    guest.endpoint.receive(&frame, guest.now);
-                }
-            }
-            for _ in 0..3 {
-                if let Some(frame) = guest.frame() {
-                    prop_assert!((42..=MAX_FRAME).contains(&frame.len()));
-                }
-            }
-        }
-        while guest.frame().is_some() {}
-        guest.now += 2 * IDLE;
-        while guest.frame().is_some() {}
-        let mut again = Hand::new(guest.endpoint, 99);
-        again.port = 39_999;
-        again.now = guest.now;
-        again.connect(&[]);
-        prop_assert_eq!(again.get("/a"), "one");
-    }
-
-    /// No bytes at all break it.
-    #[test]
-    fn random_bytes_break_nothing(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 1..40)) {
-        let mut guest = Hand::new(endpoint(json!({})), 7);
-        for frame in frames {
-            guest.endpoint.claims(&frame);
-            guest.endpoint.receive(&frame, guest.now);
-            guest.frame();
-        }
-    }
-}
+pub(crate) mod random;

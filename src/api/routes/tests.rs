@@ -304,15 +304,15 @@ fn requests_and_refusals_are_counted() {
 }
 
 /// What the vmm thread keeps of the commands of a configuration file.
-pub(super) fn configure(commands: Vec<Command>) -> VmConfig {
+pub(super) fn configure(commands: Vec<Command>) -> Result<VmConfig, ConfigError> {
     let mut config = VmConfig::default();
     for command in commands {
         match command {
             Command::SetMachine(machine) => config.machine = machine,
             Command::SetBootSource(source) => config.boot_source = Some(source),
-            Command::SetDrive(drive) => config.set_drive(*drive).unwrap(),
-            Command::SetNetworkInterface(interface) => config.set_network_interface(*interface).unwrap(),
-            Command::SetVsock(vsock) => config.set_vsock(vsock).unwrap(),
+            Command::SetDrive(drive) => config.set_drive(*drive)?,
+            Command::SetNetworkInterface(interface) => config.set_network_interface(*interface)?,
+            Command::SetVsock(vsock) => config.set_vsock(vsock)?,
             Command::SetSerial(serial) => config.serial = Some(serial),
             Command::SetLogger(logger) => config.logger = Some(logger),
             Command::SetMetrics(metrics) => config.metrics = Some(metrics),
@@ -321,29 +321,30 @@ pub(super) fn configure(commands: Vec<Command>) -> VmConfig {
             other => panic!("{other:?}"),
         }
     }
-    config
+    Ok(config)
 }
+
+pub(super) const PUBLISHED: &str = r#"{
+    "boot-source": {"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0", "initrd_path": null},
+    "drives": [
+        {"drive_id": "data", "partuuid": null, "is_root_device": false, "cache_type": "Writeback",
+         "is_read_only": false, "path_on_host": "data.img", "io_engine": "Async", "socket": null,
+         "rate_limiter": {"bandwidth": {"size": 1000, "one_time_burst": null, "refill_time": 100}, "ops": null}},
+        {"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}
+    ],
+    "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false},
+    "cpu-config": null, "balloon": null, "vsock": null, "logger": null,
+    "network-interfaces": [
+        {"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:AC:10:00:02", "mtu": null,
+         "rx_rate_limiter": null, "tx_rate_limiter": {"ops": {"size": 10, "refill_time": 1}}},
+        {"iface_id": "eth1", "host_dev_name": "fd:5", "mtu": 9000}
+    ],
+    "metrics": null, "mmds-config": null, "entropy": null, "pmem": [], "memory-hotplug": null
+}"#;
 
 #[test]
 fn a_published_configuration_file_is_understood() {
-    let file = r#"{
-        "boot-source": {"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0", "initrd_path": null},
-        "drives": [
-            {"drive_id": "data", "partuuid": null, "is_root_device": false, "cache_type": "Writeback",
-             "is_read_only": false, "path_on_host": "data.img", "io_engine": "Async", "socket": null,
-             "rate_limiter": {"bandwidth": {"size": 1000, "one_time_burst": null, "refill_time": 100}, "ops": null}},
-            {"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}
-        ],
-        "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false},
-        "cpu-config": null, "balloon": null, "vsock": null, "logger": null,
-        "network-interfaces": [
-            {"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:AC:10:00:02", "mtu": null,
-             "rx_rate_limiter": null, "tx_rate_limiter": {"ops": {"size": 10, "refill_time": 1}}},
-            {"iface_id": "eth1", "host_dev_name": "fd:5", "mtu": 9000}
-        ],
-        "metrics": null, "mmds-config": null, "entropy": null, "pmem": [], "memory-hotplug": null
-    }"#;
-    let config = configure(config_commands(file.as_bytes()).unwrap());
+    let config = configure(config_commands(PUBLISHED.as_bytes()).unwrap()).unwrap();
     assert_eq!(config.machine.vcpu_count, 2);
     assert_eq!(config.drives[0].drive_id, "rootfs");
     assert_eq!(config.drives[1].io_engine, IoEngine::Async);

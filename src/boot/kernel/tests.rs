@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::*;
-use crate::generated::properties;
+use crate::generated::{change, changes, properties};
 
 const LOAD: u64 = 0x100_0000;
 
@@ -328,19 +328,24 @@ properties! {
         }
     }
 
-    /// Any bytes in the headers are loaded or refused, whatever they say.
+    /// Any bytes in the headers and notes are loaded or refused, whatever they say.
     #[test]
     fn hostile_headers_never_panic(
         elf_kernel in any::<bool>(),
-        changes in prop::collection::vec((0usize..0x300, any::<u64>(), 1usize..=8), 1..6),
+        (in_header, in_notes) in (changes(), changes()),
         cut in prop::option::of(0usize..0x3000),
     ) {
-        let notes = note(b"Xen\0", 18, &(LOAD as u32).to_le_bytes());
-        let mut bytes = if elf_kernel { elf(LOAD, &[part(LOAD, 0x2000, 64)], &notes) } else { bzimage(|_| {}) };
-        let header = if elf_kernel { 0 } else { 0x1f1 };
-        for (at, value, len) in changes {
-            bytes[header + at % 0xb0..][..len].copy_from_slice(&value.to_le_bytes()[..len]);
-        }
+        let names: [(&[u8], u32); 3] = [(b"Linux\0", 0x100), (b"GNU\0", 3), (b"Xen\0", 18)];
+        let mut notes = names.map(|(name, kind)| note(name, kind, &(LOAD as u32).to_le_bytes())).concat();
+        change(&mut notes, &in_notes);
+        let (header, mut bytes) = match elf_kernel {
+            true => (0..64 + 2 * 56, elf(LOAD, &[part(LOAD, 0x2000, 64)], &notes)),
+            false => (0x1f1..0x1f1 + size_of::<setup_header>(), bzimage(|_| {})),
+        };
+        let mut changed = bytes[header.clone()].to_vec();
+        change(&mut changed, &in_header);
+        changed.resize(header.len(), 0);
+        bytes[header].copy_from_slice(&changed);
         bytes.truncate(cut.unwrap_or(usize::MAX));
         let (ram, kernel) = (ram(32), file_of(&bytes));
         if let Ok(loaded) = load(&ram, &images(&kernel, Some(&kernel), ImageMapping::Shared)) {
