@@ -4,6 +4,7 @@
 
 mod cpu;
 mod error;
+mod list;
 mod mmds;
 mod net;
 mod sandbox;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cpu::{BitMap, Capability, CpuConfig, CpuidModifier, CpuidRegister, MsrModifier, parse_number};
 pub use error::ConfigError;
+pub use list::at_most;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use net::{HostDevice, MAX_INTERFACE_NAME, MIN_MTU, MacAddress, NetConfig, NetUpdate};
 pub use sandbox::{AllowedPath, LandlockConfig, SandboxConfig, SeccompConfig};

@@ -1,11 +1,11 @@
 //! What a fuzzer calls: the properties that `tools/fuzz` lists, by its names for them.
 
-use crate::{api, boot, devices::virtio, mmds};
+use crate::{api, boot, devices::virtio, machine, mmds, snapshot};
 
 /// A property, which panics where it does not hold for the inputs that the bytes stand for.
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 10] = [
+const TARGETS: [(&str, Target); 12] = [
     ("mmio", virtio::tests_random::registers_and_descriptors_at_random_break_nothing),
     ("block", virtio::tests_random::requests_at_random_break_nothing),
     ("queue", virtio::tests_random::buffers_lie_in_guest_ram),
@@ -16,6 +16,8 @@ const TARGETS: [(&str, Target); 10] = [
     ("http", api::server::tests::no_bytes_end_the_server),
     ("api", api::routes::tests_random::any_request_is_understood_or_refused_in_the_documented_shape),
     ("kernel", boot::kernel::tests::hostile_headers_never_panic),
+    ("state", machine::snapshot::tests_random::forged_states_are_refused_or_go_on),
+    ("workset", snapshot::working_set::tests::forged_runs_are_in_memory_and_in_order),
 ];
 
 /// Runs the target of that name.

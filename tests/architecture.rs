@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("random", &[]),
     ("os", &[]),
     ("generated", &[]),
-    ("fuzzing", &["api", "boot", "devices", "mmds"]),
+    ("fuzzing", &["api", "boot", "devices", "machine", "mmds", "snapshot"]),
     ("sandbox", &[]),
     ("signals", &["sandbox"]),
     ("socket", &[]),

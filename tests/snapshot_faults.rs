@@ -13,7 +13,7 @@ use common::tap::host;
 use common::{Guest, MicroVm, Mode};
 use serde_json::json;
 use vesicle::machine::read_state;
-use vesicle::snapshot::memory;
+use vesicle::snapshot::{format, memory};
 
 /// The same numbers in every run.
 struct Random(u64);
@@ -33,9 +33,9 @@ const HEADER: usize = 44;
 
 /// A state file some of whose body was changed by somebody who knows about the checksum.
 fn forge(state: &[u8], random: &mut Random) -> Vec<u8> {
-    let mut forged = state.to_vec();
+    let mut forged = state[HEADER..].to_vec();
     for _ in 0..=random.below(4) {
-        let at = HEADER + random.below(forged.len() - HEADER);
+        let at = random.below(forged.len());
         match random.below(4) {
             0 => forged[at] ^= 1 << random.below(8),
             1 => forged[at] = 0xff,
@@ -43,18 +43,12 @@ fn forge(state: &[u8], random: &mut Random) -> Vec<u8> {
             _ => forged.insert(at, random.below(256) as u8),
         }
     }
-    seal(&mut forged);
-    forged
+    seal(state, &forged)
 }
 
-/// Makes length and checksum right again.
-fn seal(forged: &mut [u8]) {
-    let length = (forged.len() - HEADER) as u64;
-    forged[32..40].copy_from_slice(&length.to_le_bytes());
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&forged[..40]);
-    hasher.update(&forged[HEADER..]);
-    forged[40..44].copy_from_slice(&hasher.finalize().to_le_bytes());
+/// The state file that `state` would be with another body.
+fn seal(state: &[u8], body: &[u8]) -> Vec<u8> {
+    format::seal(format::check(state).unwrap().id, body)
 }
 
 fn times(name: &str, default: u32) -> u32 {
@@ -105,8 +99,7 @@ fn a_snapshot_of_another_cpu_or_with_the_state_of_another_device_is_refused_and_
     ] {
         let mut forged = content.clone();
         forged[at] = to;
-        seal(&mut forged);
-        fs::write(&snapshot.state, forged).unwrap();
+        fs::write(&snapshot.state, seal(&content, &forged[HEADER..])).unwrap();
         vm = vm.successor();
         let refusal = vm.refused_put("/snapshot/load", &snapshot.load());
         assert!(refusal.contains(says), "{refusal}");

@@ -94,9 +94,14 @@ impl NetConfig {
     /// The same if it is legal; the TAP is not looked at.
     ///
     /// # Errors
-    /// A bad id or MTU.
+    /// A bad id, name of the TAP or MTU.
     pub fn checked(self) -> Result<Self, ConfigError> {
         check_resource_id("iface_id", &self.iface_id)?;
+        // A snapshot may say anything.
+        let device = self.host_device.to_string();
+        if device.parse().as_ref() != Ok(&self.host_device) {
+            return Err(ConfigError::HostDevName(device));
+        }
         match self.mtu {
             Some(mtu) if mtu < MIN_MTU => Err(ConfigError::Mtu(mtu)),
             _ => Ok(self),
@@ -153,18 +158,26 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_below_what_ip_needs_is_refused() {
-        let config = |mtu| NetConfig {
+    fn what_no_request_says_is_refused_as_well() {
+        let config = |host_device, mtu| NetConfig {
             iface_id: "eth0".into(),
-            host_device: HostDevice::Named("tap0".into()),
+            host_device,
             guest_mac: None,
             mtu,
             rx_rate_limiter: RateLimiterConfig::default(),
             tx_rate_limiter: RateLimiterConfig::default(),
         };
-        assert_eq!(config(Some(67)).checked(), Err(ConfigError::Mtu(67)));
+        let tap = HostDevice::Named("tap0".into());
+        assert_eq!(config(tap.clone(), Some(67)).checked(), Err(ConfigError::Mtu(67)));
         for mtu in [None, Some(68), Some(65_535)] {
-            assert!(config(mtu).checked().is_ok());
+            assert!(config(tap.clone(), mtu).checked().is_ok());
         }
+        assert!(config(HostDevice::Passed(3), None).checked().is_ok());
+        for device in ["", "tap%d", "fd:3", "t\0", "sixteen_letters_"] {
+            let refused = Err(ConfigError::HostDevName(device.to_owned()));
+            assert_eq!(config(HostDevice::Named(device.to_owned()), None).checked(), refused);
+        }
+        let refused = Err(ConfigError::HostDevName("fd:-1".to_owned()));
+        assert_eq!(config(HostDevice::Passed(-1), None).checked(), refused);
     }
 }

@@ -13,7 +13,7 @@ mod live;
 mod populate;
 mod running;
 mod shell;
-mod snapshot;
+pub(crate) mod snapshot;
 
 pub use console::restore_terminal;
 pub use files::Host;

@@ -10,6 +10,8 @@
 
 mod error;
 pub(super) mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests_random;
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -32,10 +34,11 @@ use super::populate::{Populating, map_ahead};
 use super::running::Machine;
 use super::shell::{Layout, Shell, renew_generation_id};
 use crate::config::{
-    MemoryBackendType, MmdsConfig, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, VsockConfig,
+    BootSource, MAX_VCPUS, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, at_most,
 };
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
+use crate::devices::bus::Bus;
 use crate::devices::i8042::I8042State;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
@@ -54,6 +57,7 @@ pub struct State {
     mem_file_path: PathBuf,
     config: VmConfig,
     vm: VmState,
+    #[serde(deserialize_with = "at_most::<_, _, { MAX_VCPUS as usize }>")]
     vcpus: Vec<VcpuState>,
     serial: SerialState,
     i8042: I8042State,
@@ -64,6 +68,11 @@ impl State {
     /// The configuration that was saved.
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// Bytes of guest RAM.
+    pub fn ram_size(&self) -> u64 {
+        self.config.machine.mem_size_mib.saturating_mul(MIB)
     }
 
     /// How many vCPUs have a state.
@@ -104,26 +113,25 @@ impl State {
 
     /// The rest: devices, clocks, and what makes this guest another than the one that was saved. There are handles.
     fn wake(&self, machine: &Machine, realtime: bool) -> Result<(), Error> {
-        same("virtio devices", self.virtio.len(), machine.bus.virtio().len())?;
         // The interrupt controllers of the VM come first: local APICs refer to them.
         machine.vm.restore(&self.vm, realtime)?;
         for (state, vcpu) in self.vcpus.iter().zip(&machine.handles) {
             state.restore_time(vcpu)?;
         }
-        machine.bus.serial().restore(&self.serial);
-        machine.bus.i8042().restore(&self.i8042);
-        for (index, (device, state)) in machine.bus.virtio().iter().zip(&self.virtio).enumerate() {
-            device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
-        }
+        self.restore_devices(&machine.bus)?;
         renew_generation_id(&machine.ram)?;
         machine.vm.pulse(VM_GENERATION_IRQ);
         Ok(())
     }
 
-    /// What was configured, if it is legal.
-    fn checked_config(&self) -> Result<VmConfig, Refusal> {
-        let machine = self.config.machine.clone().checked()?;
-        Ok(VmConfig { machine, ..self.config.clone() })
+    fn restore_devices(&self, bus: &Bus) -> Result<(), SnapshotError> {
+        same("virtio devices", self.virtio.len(), bus.virtio().len())?;
+        bus.serial().restore(&self.serial);
+        bus.i8042().restore(&self.i8042);
+        for (index, (device, state)) in bus.virtio().iter().zip(&self.virtio).enumerate() {
+            device.restore(state).map_err(|source| SnapshotError::Device { index, source })?;
+        }
+        Ok(())
     }
 
     /// The configuration with what a load overrides; `id` is the snapshot's.
@@ -158,6 +166,19 @@ fn same(what: &'static str, found: usize, expected: usize) -> Result<(), Snapsho
     if found == expected { Ok(()) } else { Err(SnapshotError::Parts { what, found, expected }) }
 }
 
+/// A saved configuration, if it is one that could arrive over the API.
+fn checked(config: VmConfig) -> Result<VmConfig, Refusal> {
+    let mut checked = VmConfig { machine: config.machine.checked()?, serial: config.serial, ..VmConfig::default() };
+    checked.boot_source = config.boot_source.map(BootSource::checked).transpose()?;
+    config.drives.into_iter().try_for_each(|drive| checked.set_drive(drive.checked()?))?;
+    for interface in config.network_interfaces {
+        checked.set_network_interface(interface.checked()?)?;
+    }
+    config.vsock.map_or(Ok(()), |vsock| checked.set_vsock(vsock.checked()?))?;
+    config.mmds.map_or(Ok(()), |mmds| checked.set_mmds(mmds.checked()?))?;
+    Ok(checked)
+}
+
 impl Vmm {
     /// Writes both files of a snapshot, on disk before it returns; the machine is paused.
     pub(super) fn create_snapshot(&mut self, request: &SnapshotCreate) -> Result<(), Error> {
@@ -186,7 +207,7 @@ impl Vmm {
     /// The snapshot cannot be loaded, or the working set is not its.
     pub fn prepare(&mut self, path: &Path, working_set: Option<&Path>) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
-        let layout = Layout::from(&snapshot.state.checked_config()?);
+        let layout = Layout::from(&checked(snapshot.state.config.clone())?);
         let mut prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
         prepared.machine.provide(self.host.proc.as_ref().map(AsFd::as_fd));
         let size = prepared.machine.ram.size();
@@ -283,15 +304,12 @@ impl Vmm {
 
     /// Takes on a saved configuration, as if its parts arrived over the API one by one.
     fn configure_again(&mut self, config: VmConfig) -> Result<(), Refusal> {
-        let mut commands = vec![Command::SetMachine(config.machine.checked()?)];
-        for drive in config.drives {
-            commands.push(Command::SetDrive(Box::new(drive.checked()?)));
-        }
-        for interface in config.network_interfaces {
-            commands.push(Command::SetNetworkInterface(Box::new(interface.checked()?)));
-        }
-        commands.extend(config.vsock.map(VsockConfig::checked).transpose()?.map(Command::SetVsock));
-        commands.extend(config.mmds.map(MmdsConfig::checked).transpose()?.map(Command::SetMmds));
+        let config = checked(config)?;
+        let mut commands = vec![Command::SetMachine(config.machine)];
+        commands.extend(config.drives.into_iter().map(Box::new).map(Command::SetDrive));
+        commands.extend(config.network_interfaces.into_iter().map(Box::new).map(Command::SetNetworkInterface));
+        commands.extend(config.vsock.map(Command::SetVsock));
+        commands.extend(config.mmds.map(Command::SetMmds));
         commands.extend(config.serial.map(Command::SetSerial));
         for command in commands {
             self.execute(command)?;
@@ -341,7 +359,7 @@ impl Opened {
         if load.is_some_and(|load| load.backend == MemoryBackendType::Uffd) {
             return Ok(Self { id, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
         }
-        let size = state.config.machine.mem_size_mib.saturating_mul(MIB);
+        let size = state.ram_size();
         let memory = open_memory(path, size, id).or_else(|error| {
             // One that was to take its place was not completed.
             open_memory(&memory::previous(path), size, id).map_err(|_| error)

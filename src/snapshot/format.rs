@@ -106,19 +106,23 @@ pub fn version_of(path: &Path) -> Result<u16, Error> {
 /// # Errors
 /// `state` cannot be written down.
 pub fn encode(id: Id, state: &impl Serialize) -> Result<Vec<u8>, Error> {
-    let mut file = Vec::with_capacity(HEADER);
+    Ok(seal(id, &postcard::to_allocvec(state).map_err(Error::Body)?))
+}
+
+/// The file with this body, which may be anything.
+pub fn seal(id: Id, body: &[u8]) -> Vec<u8> {
+    let mut file = Vec::with_capacity(HEADER + body.len());
     file.extend(MAGIC);
     file.extend(VERSION.to_le_bytes());
     file.extend(X86_64.to_le_bytes());
     file.extend([0; 4]);
     file.extend(id);
-    let body = postcard::to_allocvec(state).map_err(Error::Body)?;
     file.extend((body.len() as u64).to_le_bytes());
     file.extend([0; 4]);
     file.extend(body);
     let checksum = checksum(&file).to_le_bytes();
     file[CHECKED..HEADER].copy_from_slice(&checksum);
-    Ok(file)
+    file
 }
 
 /// The state in a file's content, which may be anything.
@@ -127,7 +131,10 @@ pub fn encode(id: Id, state: &impl Serialize) -> Result<Vec<u8>, Error> {
 /// It is no state of this release, whole and undamaged.
 pub fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<(Header, T), Error> {
     let header = check(file)?;
-    let state = postcard::from_bytes(&file[HEADER..]).map_err(Error::Body)?;
+    let (state, rest) = postcard::take_from_bytes(&file[HEADER..]).map_err(Error::Body)?;
+    if !rest.is_empty() {
+        return Err(Error::Length { found: file.len(), expected: (file.len() - rest.len()) as u64 });
+    }
     Ok((header, state))
 }
 
@@ -227,14 +234,15 @@ mod tests {
     }
 
     #[test]
+    fn a_body_that_goes_on_after_the_state_is_refused() {
+        let longer = decode::<u8>(&seal([0; 16], &[1, 2]));
+        assert!(matches!(longer, Err(Error::Length { found: 46, expected: 45 })));
+    }
+
+    #[test]
     fn a_body_that_lies_about_lengths_is_refused_and_costs_nothing() {
         // A list of 2^63 entries that is not there.
         let body = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f];
-        let mut file = encode([0; 16], &()).unwrap();
-        file.extend(body);
-        file[32] = body.len() as u8;
-        let checksum = super::checksum(&file).to_le_bytes();
-        file[CHECKED..HEADER].copy_from_slice(&checksum);
-        assert!(matches!(decode::<Vec<u64>>(&file), Err(Error::Body(_))));
+        assert!(matches!(decode::<Vec<u64>>(&seal([0; 16], &body)), Err(Error::Body(_))));
     }
 }

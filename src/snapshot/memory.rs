@@ -39,7 +39,7 @@ pub enum Error {
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
     /// It is not as long as RAM.
-    #[error("it is {found} bytes long; {expected} bytes of guest memory and a trailer make {}", expected + TRAILER)]
+    #[error("it is {found} bytes long; {expected} bytes of guest memory and a trailer make {}", expected.saturating_add(TRAILER))]
     Size {
         /// In the file.
         found: u64,
@@ -387,7 +387,7 @@ pub fn identify(file: &File) -> Result<(u64, Id), Error> {
 /// It does not.
 pub fn check(file: &File, size: u64, id: Option<Id>) -> Result<(), Error> {
     let found = file.metadata().map_err(|source| Error::Io("look at it", source))?.len();
-    if found != size + TRAILER {
+    if found.checked_sub(TRAILER) != Some(size) {
         return Err(Error::Size { found, expected: size });
     }
     let (_, theirs) = identify(file)?;
@@ -401,6 +401,16 @@ mod tests {
     use super::*;
     use crate::config::HugePages;
     use crate::memory::MIB;
+
+    #[test]
+    fn memory_that_there_cannot_be_is_of_no_file() {
+        let file = tempfile::tempfile().unwrap();
+        for length in [0, TRAILER - 1, TRAILER, 5 * PAGE_SIZE] {
+            file.set_len(length).unwrap();
+            let error = check(&file, u64::MAX, None).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("it is {length} bytes long;")), "{error}");
+        }
+    }
 
     #[test]
     fn a_copy_made_in_slices_is_the_same_as_one_made_at_once() {

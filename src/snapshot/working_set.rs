@@ -147,9 +147,10 @@ fn checksum(file: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-#[cfg(test)]
-mod tests {
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests {
     use super::*;
+    use crate::generated::{change, changes, properties};
 
     const ID: Id = [7; 16];
     const SIZE: u64 = 64 * PAGE_SIZE;
@@ -199,6 +200,24 @@ mod tests {
             [Run { range: 8..PAGE_SIZE, written: false }, Run { range: u64::MAX - 4095..u64::MAX, written: true }];
         for run in uneven {
             assert!(matches!(decode(&encode(ID, &[run]), ID, SIZE), Err(Error::Run { index: 0, .. })));
+        }
+    }
+
+    properties! {
+        /// What is read of a file whose checksum is right was in it, and is memory.
+        #[test]
+        fn forged_runs_are_in_memory_and_in_order(changes in changes()) {
+            let mut file = encode(ID, &runs(&[(0, 1, true), (1, 3, false), (60, 64, true)]));
+            let mut body = file.split_off(16);
+            change(&mut body, &changes);
+            file.extend(body);
+            let checksum = checksum(&file).to_le_bytes();
+            file[12..16].copy_from_slice(&checksum);
+            if let Ok(runs) = decode(&file, ID, SIZE) {
+                assert!(runs.is_sorted_by(|one, next| one.range.end <= next.range.start));
+                assert!(runs.iter().all(|run| !run.range.is_empty() && run.range.end <= SIZE));
+                assert_eq!(encode(ID, &runs), file);
+            }
         }
     }
 

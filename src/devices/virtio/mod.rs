@@ -18,7 +18,7 @@ mod queue;
 pub mod rate_limiter;
 pub mod state;
 #[cfg(any(test, fuzzing))]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

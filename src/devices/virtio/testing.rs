@@ -185,6 +185,16 @@ impl Guest {
         self.write(reg::VIRTIO_MMIO_QUEUE_SEL, 0);
     }
 
+    /// A reset for which the vmm thread may have something to do.
+    pub fn reset(&self) {
+        let mmio = Arc::clone(&self.mmio);
+        let vcpu = std::thread::spawn(move || mmio.write(reg::VIRTIO_MMIO_STATUS.into(), &[0; 4]));
+        while !vcpu.is_finished() {
+            self.turn(Duration::ZERO);
+            std::thread::yield_now();
+        }
+    }
+
     pub fn boot(&self, features: u64) {
         self.prepare(features);
         self.set_status(0xf);

@@ -56,8 +56,8 @@ pub fn write_table(guest: &Guest, table: u64, descriptors: &[Descriptor]) {
     }
 }
 
-fn guest(engine: IoEngine) -> (Guest, std::fs::File) {
-    let config = DriveConfig {
+pub fn drive(engine: IoEngine) -> DriveConfig {
+    DriveConfig {
         drive_id: "d".to_owned(),
         is_root_device: false,
         path_on_host: "/d".into(),
@@ -68,7 +68,11 @@ fn guest(engine: IoEngine) -> (Guest, std::fs::File) {
         rate_limiter: RateLimiterConfig::default(),
         discard: true,
         overlay: None,
-    };
+    }
+}
+
+pub fn guest(engine: IoEngine) -> (Guest, std::fs::File) {
+    let config = drive(engine);
     // Half a sector more than the capacity: nothing may touch it.
     let file = file(64 << 10);
     file.write_all_at(&[0x77; 256], 64 << 10).unwrap();
@@ -125,7 +129,7 @@ fn perform(guest: &Guest, act: Act) {
 }
 
 /// After whatever happened, a driver that resets the device gets a device that works.
-fn assert_recovers(guest: &Guest, file: &std::fs::File) {
+pub fn assert_recovers(guest: &Guest, file: &std::fs::File) {
     guest.boot(guest.offered());
     assert_eq!(guest.status(), 15);
     guest.put(BUFFERS, &[0; 16]);

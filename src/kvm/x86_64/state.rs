@@ -13,6 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use crate::config::at_most;
 use crate::kvm::{Error, ioctl};
 
 const IA32_TSC: u32 = 0x10;
@@ -28,6 +29,7 @@ type Msr = (u32, u64);
 /// A vCPU that is not in the guest, with its last exit completed.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
+    #[serde(deserialize_with = "at_most::<_, _, KVM_MAX_CPUID_ENTRIES>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     /// In the order in which they are to be set.
     msrs: Vec<Msr>,
@@ -45,6 +47,7 @@ pub struct VcpuState {
 /// Interrupt controllers, timer and clock.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
+    #[serde(deserialize_with = "at_most::<_, _, 3>")]
     irqchips: Vec<kvm_irqchip>,
     pit: kvm_pit_state2,
     clock: kvm_clock_data,

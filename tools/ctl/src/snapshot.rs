@@ -210,7 +210,7 @@ fn verify(state_path: &Path, memory_path: &Path) -> Result<u64, Box<dyn Error>> 
     if expected != found {
         return Err(format!("{}: {expected} devices are configured, {found} have a state", shown(state_path)).into());
     }
-    let size = state.config().machine.mem_size_mib << 20;
+    let size = state.ram_size();
     let open = |path: &Path| {
         let file = File::open(path).map_err(about(path))?;
         memory::check(&file, size, Some(id)).map_err(about(path)).map(|()| file)

@@ -123,7 +123,7 @@ fn frame(length: usize, seed: u8) -> Vec<u8> {
     frame
 }
 
-fn config() -> NetConfig {
+pub(crate) fn config() -> NetConfig {
     NetConfig {
         iface_id: "eth0".into(),
         host_device: HostDevice::Named("tap0".into()),
@@ -135,15 +135,15 @@ fn config() -> NetConfig {
 }
 
 /// Both ends.
-struct Cable {
+pub(crate) struct Cable {
     host: Host,
-    guest: Guest,
+    pub(crate) guest: Guest,
     metrics: Arc<metrics::Net>,
     sent: Cell<usize>,
 }
 
 impl Cable {
-    fn new(features: impl Fn(u64) -> u64) -> Option<Self> {
+    pub(crate) fn new(features: impl Fn(u64) -> u64) -> Option<Self> {
         Self::with(&config(), features)
     }
 

@@ -211,7 +211,7 @@ impl VirtioDevice for Vsock {
 }
 
 #[cfg(any(test, fuzzing))]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(any(test, fuzzing))]

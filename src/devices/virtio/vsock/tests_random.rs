@@ -137,11 +137,7 @@ impl World {
     }
 
     fn reset(&mut self) {
-        let mmio = std::sync::Arc::clone(&self.rig.guest.mmio);
-        let vcpu = std::thread::spawn(move || mmio.write(0x70, &0u32.to_le_bytes()));
-        while !vcpu.is_finished() {
-            self.rig.guest.turn(Duration::from_millis(1));
-        }
+        self.rig.guest.reset();
         self.rig.boot();
         self.posted = 0;
     }

@@ -62,7 +62,7 @@ impl Record {
     /// What went wrong.
     pub fn run(&self) -> Result<(u64, u64)> {
         let (id, state) = read_state(&self.state)?;
-        let size = state.config().machine.mem_size_mib << 20;
+        let size = state.ram_size();
         let file = File::open(&self.memory).map_err(about(&self.memory))?;
         memory::check(&file, size, Some(id)).map_err(about(&self.memory))?;
         let mut runs = match &self.of {
