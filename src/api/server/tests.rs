@@ -31,7 +31,7 @@ impl Api {
             let mut poll =
                 libc::pollfd { fd: std::os::fd::AsRawFd::as_raw_fd(commands.wake()), events: libc::POLLIN, revents: 0 };
             // SAFETY: `poll` is one valid pollfd.
-            while unsafe { libc::poll(&mut poll, 1, -1) } == 1 {
+            while unsafe { libc::poll(&mut poll, 1, -1) } != 0 {
                 let _ = commands.wake().read();
                 while let Some(request) = commands.next() {
                     let _ = request.reply.send(match request.command {
@@ -86,7 +86,11 @@ impl Client {
                 return value;
             }
             let mut chunk = [0; 4096];
-            let length = self.stream.read(&mut chunk).unwrap();
+            let length = match self.stream.read(&mut chunk) {
+                // A fuzzer has an alarm clock.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                read => read.unwrap(),
+            };
             assert_ne!(length, 0, "closed after {:?}", String::from_utf8_lossy(&self.unread));
             self.unread.extend_from_slice(&chunk[..length]);
         }
