@@ -256,15 +256,19 @@ fn main() {
     let sandbox = Sandbox::new(&config).unwrap();
     sandbox.confine_process(&Grants::default(), None).unwrap();
     let kind = thread.unwrap();
-    if kind == ThreadKind::Vmm {
+    if matches!(kind, ThreadKind::Vmm | ThreadKind::Vcpu) {
         let mut grants = Grants::default();
         grants.siblings(Path::new("/run/drive"), true);
         sandbox.confine_paths(&grants).unwrap();
+    }
+    if kind == ThreadKind::Vmm {
         sandbox.filter(kind).unwrap();
         return attack(&target);
     }
     let confined = std::thread::spawn(move || {
-        sandbox.confine_thread(kind).unwrap();
+        // The vmm thread starts those of vCPUs, which keep its paths; the others are older, and give up all.
+        let confine = if kind == ThreadKind::Vcpu { Sandbox::filter } else { Sandbox::confine_thread };
+        confine(&sandbox, kind).unwrap();
         attack(&target);
     });
     confined.join().unwrap();

@@ -1,12 +1,12 @@
 //! A vCPU and its thread.
 //!
 //! ```text
-//!  New ──Park──▶ Parked ──Run──▶ Running ──Park──▶ Parked
-//!   └───────────────┴───────────────┴──Stop, or an exit nobody can handle──▶ Exited
+//!  Parked ──Run──▶ Running ──Park──▶ Parked
+//!    └───────────────┴──Stop, or an exit nobody can handle──▶ Exited
 //! ```
 //!
-//! The first wish has the thread give up what it does not need, which the vmm thread waits for
-//! before it has any vCPU run: a guest may take over this process.
+//! It has no thread until the process gives up what it does not need, which is before any vCPU runs: a guest may take
+//! over this process.
 //!
 //! The vmm thread states a [`Wish`]; the thread follows it between two entries into the guest and
 //! says so through one eventfd that all vCPUs share. To break into KVM_RUN the vmm thread sets
@@ -66,9 +66,7 @@ pub enum Report {
 /// What a vCPU is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Run {
-    /// Waiting for its first wish.
-    New,
-    /// Parked.
+    /// Parked, or without a thread yet.
     Parked,
     /// In the guest or handling an exit.
     Running,
@@ -90,8 +88,9 @@ struct Inner {
     wish: Wish,
     state: Run,
     immediate_exit: ImmediateExit,
-    /// The vCPU when its thread has exited: to close it is the vmm thread's part, the thread's filter has no call for it.
-    retired: Option<VcpuFd>,
+    /// The vCPU before it has a thread, and when that has exited: to close it is the vmm thread's part, the thread's
+    /// filter has no call for it.
+    idle: Option<VcpuFd>,
     /// The thread's id in the kernel, once it runs.
     thread: Option<libc::c_long>,
 }
@@ -108,15 +107,6 @@ unsafe impl Send for ImmediateExit {}
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The first wish.
-    fn first(&self) -> Wish {
-        let mut inner = self.lock();
-        while matches!(inner.state, Run::New) {
-            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-        }
-        inner.wish
     }
 
     /// Parks as long as that is the wish; the one that it ends with.
@@ -158,57 +148,55 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `id`. `to_vmm` is signalled when it parks or exits. The first wish has it begin with
-    /// `confine`; if that fails it exits and says why.
-    pub fn spawn<E: Exits + 'static>(
-        id: u8,
-        mut fd: VcpuFd,
-        exits: Arc<E>,
-        to_vmm: Arc<EventFd>,
-        confine: impl FnOnce() -> Result<(), String> + Send + 'static,
-    ) -> Result<Self, Error> {
+    /// The handle of a vCPU that parks. `to_vmm` is signalled when it parks again or exits.
+    pub fn new(mut fd: VcpuFd, to_vmm: Arc<EventFd>) -> Self {
         let raw = fd.as_raw_fd();
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
-        let shared = Arc::new(Shared {
-            inner: Mutex::new(Inner { wish: Wish::Park, state: Run::New, immediate_exit, thread: None, retired: None }),
-            changed: Condvar::new(),
-            to_vmm,
-        });
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{id}"))
-            .stack_size(STACK_SIZE)
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || {
-                    let report = match shared.first() {
-                        Wish::Stop => None,
-                        Wish::Run | Wish::Park => match confine() {
-                            Ok(()) => live(&shared, &mut fd, exits.as_ref()),
-                            Err(why) => Some(Report::Failure(why)),
-                        },
-                    };
-                    let mut inner = shared.lock();
-                    inner.state = Run::Exited(report);
-                    inner.retired = Some(fd);
-                    drop(inner);
-                    shared.notify_vmm();
-                }
-            })
-            .map_err(|source| Error::Thread(id, source))?;
-        Ok(Self { shared, thread: Some(thread), fd: raw, process: std::process::id() })
+        let inner = Inner { wish: Wish::Park, state: Run::Parked, immediate_exit, idle: Some(fd), thread: None };
+        let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new(), to_vmm });
+        Self { shared, thread: None, fd: raw, process: std::process::id() }
+    }
+
+    /// Starts its thread, as vCPU `id`, unless it has one. The thread begins with `confine`; if that fails it exits and
+    /// says why.
+    ///
+    /// # Errors
+    /// The host starts no thread.
+    pub fn start<E: Exits + 'static>(
+        &mut self,
+        id: u8,
+        exits: &Arc<E>,
+        confine: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> Result<(), Error> {
+        if self.thread.is_some() {
+            return Ok(());
+        }
+        let (shared, exits) = (Arc::clone(&self.shared), Arc::clone(exits));
+        let body = move || {
+            let Some(mut fd) = shared.lock().idle.take() else { return };
+            let report = match confine() {
+                Ok(()) => live(&shared, &mut fd, exits.as_ref()),
+                Err(why) => Some(Report::Failure(why)),
+            };
+            let mut inner = shared.lock();
+            inner.state = Run::Exited(report);
+            inner.idle = Some(fd);
+            drop(inner);
+            shared.notify_vmm();
+        };
+        let thread = std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(body);
+        self.thread = Some(thread.map_err(|source| Error::Thread(id, source))?);
+        Ok(())
     }
 
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
     pub fn wish(&self, wish: Wish) {
         let mut inner = self.shared.lock();
-        let waiting = matches!(inner.state, Run::New | Run::Parked);
+        let waiting = matches!(inner.state, Run::Parked);
         if matches!(inner.state, Run::Exited(_)) {
             return;
         }
         inner.wish = wish;
-        if matches!(inner.state, Run::New) {
-            inner.state = Run::Parked;
-        }
         if wish == Wish::Run {
             // Seen by the vmm thread at once, so that a park right after it is not taken for done.
             inner.state = Run::Running;
@@ -233,7 +221,7 @@ impl Vcpu {
     /// As [`Vm::second_handle`].
     pub fn second_handle(&self, vm: &Vm) -> Result<Option<VcpuFd>, Error> {
         let inner = self.shared.lock();
-        if !matches!(inner.state, Run::New | Run::Parked) {
+        if !matches!(inner.state, Run::Parked) {
             return Ok(None);
         }
         // SAFETY: the thread cannot exit while the lock is held, so its descriptor is open.
@@ -390,7 +378,7 @@ mod tests {
                 state: Run::Parked,
                 immediate_exit: page,
                 thread: None,
-                retired: None,
+                idle: None,
             }),
             changed: Condvar::new(),
             to_vmm: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),

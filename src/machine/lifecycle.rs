@@ -33,8 +33,8 @@ use crate::event_loop::{EventLoop, Token, When};
 use crate::kvm::{Report, Run, Wish};
 use crate::metrics::{JsonLines, METRICS};
 use crate::mmds::{self, Mmds};
+use crate::sandbox::landlock::Grants;
 use crate::sandbox::seccomp::ThreadKind;
-use crate::sandbox::{self, landlock::Grants};
 use crate::signals::Termination;
 use crate::socket::SocketFile;
 
@@ -266,17 +266,17 @@ impl Vmm {
         }
     }
 
-    /// Has all threads give up what the machine does not need; this one keeps the paths of `grants`. Until the last has,
-    /// none may run the guest: it could take over one that has not.
-    fn confine(&mut self, grants: &Grants) -> Result<(), sandbox::Error> {
+    /// Has all threads give up what the machine does not need; this one, and those that it starts for the vCPUs, keep the
+    /// paths of `grants`. Until the last has, none may run the guest: it could take over one that has not.
+    fn confine(&mut self, grants: &Grants) -> Result<(), Error> {
         let (Some(machine), Host { sandbox, proc, .. }) = (&mut self.machine, std::mem::take(&mut self.host)) else {
             return Ok(());
         };
         // Whoever waits for the answer goes first, also where there is one processor.
         std::thread::yield_now();
-        machine.confine_vcpus();
         machine.provide(proc.as_ref().map(AsFd::as_fd));
         sandbox.confine_paths(grants)?;
+        machine.start_vcpus(&sandbox, false)?;
         sandbox.filter(ThreadKind::Vmm)?;
         machine.confining.wait();
         Ok(())
@@ -333,7 +333,7 @@ impl Vmm {
         let devices = self.devices()?;
         let shell = Shell::new(&layout, devices.len(), self.boot_timer.clone(), self.host.kvm.as_ref())?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
-        let mut machine = Machine::assemble(shell, self.console()?, &self.host)?;
+        let mut machine = Machine::assemble(shell, self.console()?);
         machine.plug(devices)?;
         Ok(machine)
     }
@@ -395,7 +395,7 @@ impl Vmm {
         let mut parked = true;
         for (id, vcpu) in machine.vcpus.iter().enumerate() {
             match vcpu.state() {
-                Run::New | Run::Parked => {}
+                Run::Parked => {}
                 Run::Running => parked = false,
                 Run::Exited(Some(Report::Failure(reason))) => {
                     METRICS.vcpu.failures.inc();

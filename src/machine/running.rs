@@ -8,17 +8,16 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::Console;
-use super::files::Host;
 use super::populate::Populating;
 use super::shell::Shell;
 use super::snapshot::SnapshotError;
 use super::{Error, chain};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::{Device, VirtioMmio, Windows};
-use crate::kvm::{Kvm, Vcpu, Vm, Wish};
+use crate::kvm::{Kvm, Vcpu, Vm};
 use crate::memory::{self, GuestRam, MmioDevice};
-use crate::sandbox::Confining;
 use crate::sandbox::seccomp::ThreadKind;
+use crate::sandbox::{Confining, Sandbox};
 use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
 
@@ -56,22 +55,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a machine of a shell that has its content: a console, and a thread for each vCPU. It lacks virtio devices.
-    pub fn assemble(shell: Shell, console: Console, host: &Host) -> Result<Self, Error> {
+    /// Makes a machine of a shell that has its content. It lacks virtio devices and the threads of its vCPUs.
+    pub fn assemble(shell: Shell, console: Console) -> Self {
         let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event, confining } = shell;
-        let vcpus = (0..)
-            .zip(vcpu_fds)
-            .map(|(id, fd)| {
-                let sandbox = host.sandbox.clone();
-                let held = confining.thread();
-                let confine = move || {
-                    let _held = held;
-                    sandbox.confine_thread(ThreadKind::Vcpu).map_err(|error| chain(&error))
-                };
-                Vcpu::spawn(id, fd, Arc::clone(&bus), Arc::clone(&vcpu_event), confine)
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
+        let vcpus = vcpu_fds.into_iter().map(|fd| Vcpu::new(fd, Arc::clone(&vcpu_event))).collect();
+        Self {
             handles: Vec::new(),
             vcpus,
             vcpu_event,
@@ -92,7 +80,7 @@ impl Machine {
             pristine: None,
             undertaker: None,
             confining,
-        })
+        }
     }
 
     /// Opens what it may need later, when this process can open nothing any more. Whoever misses something then says so.
@@ -111,11 +99,19 @@ impl Machine {
         self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)
     }
 
-    /// Has the threads of the vCPUs confine themselves.
-    pub fn confine_vcpus(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.wish(Wish::Park);
+    /// Starts the threads of the vCPUs, unless it has, each under its filter. `paths` says whether they give up all paths
+    /// themselves: otherwise they keep those that the calling thread has.
+    pub fn start_vcpus(&mut self, sandbox: &Sandbox, paths: bool) -> Result<(), Error> {
+        for (id, vcpu) in (0..).zip(&mut self.vcpus) {
+            let (sandbox, held) = (sandbox.clone(), self.confining.thread());
+            let confine = move || {
+                let _held = held;
+                let confine = if paths { Sandbox::confine_thread } else { Sandbox::filter };
+                confine(&sandbox, ThreadKind::Vcpu).map_err(|error| chain(&error))
+            };
+            vcpu.start(id, &self.bus, confine)?;
         }
+        Ok(())
     }
 
     /// Puts the virtio devices in, once.

@@ -212,7 +212,7 @@ impl Vmm {
         prepared.machine.provide(self.host.proc.as_ref().map(AsFd::as_fd));
         let size = prepared.machine.ram.size();
         let runs = working_set.map(|path| read_working_set(path, prepared.id, size)).transpose().map_err(refuse)?;
-        prepared.machine.confine_vcpus();
+        prepared.machine.start_vcpus(&self.host.sandbox, true).map_err(refuse)?;
         if let Some(vcpu) = prepared.machine.handles.first() {
             map_ahead(&prepared.machine.ram, vcpu, &runs.unwrap_or_default());
         }
@@ -399,7 +399,7 @@ impl Prepared {
             Memory::Handler(path) => Some(handler::attach(&path, &mut shell, host.sandbox.clone())?),
         };
         state.apply(&shell.vcpu_fds)?;
-        let mut machine = Machine::assemble(shell, Console::new(None, None), host)?;
+        let mut machine = Machine::assemble(shell, Console::new(None, None));
         machine.handler_gone = handler_gone;
         machine.take_handles()?;
         Ok(Self { id, state, files, layout, machine })

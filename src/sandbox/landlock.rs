@@ -6,8 +6,8 @@
 //! | when | who | what is left |
 //! |---|---|---|
 //! | before any thread | the process | no program is executed, no TCP, no signals to and no abstract sockets of others; with `--allow-path` only those paths, the devices and what the command line names |
-//! | before they serve | API thread, vCPUs | no path at all |
-//! | when the machine is built | vmm thread | the directories of what was configured, and removing the sockets |
+//! | before they serve | API thread, memory threads | no path at all |
+//! | when the machine is built | vmm thread, and the vCPUs' that it starts then | the directories of what was configured, and removing the sockets |
 //!
 //! What the host's kernel does not know yet is left out (see [`Landlock::new`] for the least that will do). Until ABI 9
 //! nothing here keeps a thread from connecting to a socket that has a path; the system-call filters do, save for vsock.
@@ -186,7 +186,7 @@ impl Landlock {
         restrict(ruleset, &grants, proc.filter(|_| !self.allowed.0.is_empty()))
     }
 
-    /// The layer of the API thread and of the vCPUs.
+    /// The layer of a thread that keeps no path.
     ///
     /// # Errors
     /// The kernel refuses it.
@@ -194,7 +194,8 @@ impl Landlock {
         restrict(Ruleset::default().handle_access(every_right())?, &Grants::default(), None)
     }
 
-    /// The layer of the vmm thread: `grants`, and what was asked for with `--allow-path`.
+    /// The layer of the vmm thread and of those it starts from now on: `grants`, and what was asked for with
+    /// `--allow-path`.
     ///
     /// # Errors
     /// The kernel refuses it.

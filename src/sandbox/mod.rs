@@ -68,7 +68,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// On the API thread and on those of vCPUs, before they serve: all paths, and what the filter does not allow.
+    /// On a thread that is older than the vmm thread's own layer, before it serves: all paths, and what the filter does
+    /// not allow.
     ///
     /// # Errors
     /// The kernel refuses it.
@@ -80,7 +81,8 @@ impl Sandbox {
         self.filter(kind)
     }
 
-    /// On the vmm thread, once the machine is built: paths outside of `grants` are given up.
+    /// On the vmm thread, once the machine is built: paths outside of `grants` are given up, here and by the threads it
+    /// starts from now on.
     ///
     /// # Errors
     /// The kernel refuses it.

@@ -147,6 +147,7 @@ fn evaluate(program: &[sock_filter], number: u32, architecture: u32, arguments: 
             0x01 => {}
             0x20 => accumulator = word(k),
             0x54 => accumulator &= k,
+            0xa4 => accumulator ^= k,
             0x05 => at += k as usize,
             0x15 => at += branch(accumulator == k),
             0x25 => at += branch(accumulator > k),

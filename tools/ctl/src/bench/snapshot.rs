@@ -169,9 +169,12 @@ fn first_echo(bench: &Bench) -> Result<UnixStream> {
 }
 
 impl MicroVm {
+    /// A process that waits for the load. What the one before it leaves to the kernel is done by then.
     fn launch(bench: &Bench, subject: &Subject) -> Result<Self> {
         let _ = fs::remove_file(bench.files().path("v.sock"));
-        bench.launch(subject, &[]).map(Self)
+        let process = bench.launch(subject, &[])?;
+        rest();
+        Ok(Self(process))
     }
 
     /// A shell that waits for the load, with what a first run writes copied if that was recorded.
