@@ -1,15 +1,15 @@
 //! Compiles a system-call filter to BPF that is cheap to install.
 //!
 //! When a filter is installed the kernel tries it with the number of each system call there is, to know which ones need
-//! no second look, and translates it to machine code. Most of our threads make few calls before they are gone, so that
-//! the trial costs more than it saves: a filter begins with a statement that ends it. Then what counts is how many
-//! instructions there are (neighbouring numbers are compared at once, an argument is loaded once) and how often the
-//! translation goes over them ([`passes`]): of many layouts the cheapest is taken. A test holds the result against what
-//! seccompiler makes of the same file.
+//! no second look, and translates it to machine code, over and over until no jump gets shorter any more. Most of our
+//! threads make few calls before they are gone, so that this is most of what a filter costs. So a filter begins with a
+//! statement that ends the trial; it has few statements (neighbouring numbers are compared at once, an argument is loaded
+//! once); and all its jumps lead to the next statements or so far that they are long in the first translation already.
+//! A test holds the result against what seccompiler makes of the same file.
 //!
 //! ```text
-//!  architecture ─▶ number ─┬─▶ arguments of that call ─┬─▶ allow
-//!                          └──────────────┬────────────┴─▶ trap
+//!  architecture ─▶ number ─┬─▶ arguments of that call ─┬─▶ (gap) allow
+//!                          └──────────────┬────────────┴─▶ (gap) trap
 //! ```
 
 use std::error::Error;
@@ -31,6 +31,7 @@ pub struct Statement {
 const LOAD_INDEX: u16 = 0x01;
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
+const DIVIDE: u16 = 0x34;
 const XOR: u16 = 0xa4;
 const JUMP_EQUAL: u16 = 0x15;
 const JUMP_GREATER: u16 = 0x25;
@@ -49,10 +50,12 @@ const X86_64: u32 = 0xc000_003e;
 
 /// The bit that makes a comparison take an instruction more.
 const TOP: u32 = 1 << 31;
-/// How many layouts are tried.
-const LAYOUTS: usize = 1000;
+/// How many divisions are more than the 123 bytes that a jump has to lead over to be long, whatever it is about (14 bytes
+/// each: bpf_jit_comp.c of Linux 6.12).
+const GAP: usize = 9;
 
 /// The lower half of argument `index`, masked, must be `value`.
+#[derive(PartialEq, Eq)]
 struct Condition {
     index: u32,
     mask: u32,
@@ -103,36 +106,52 @@ impl Program {
         self.labels[label] = self.statements.len();
     }
 
-    /// Decides about the arguments of a call.
-    fn examine(&mut self, rules: &[Rule]) {
-        let mut loaded = None;
+    fn load(&mut self, argument: u32, mask: u32) {
+        self.push(LOAD, ARGUMENTS + 8 * argument, Target::Next, Target::Next);
+        if mask != u32::MAX {
+            self.push(AND, mask, Target::Next, Target::Next);
+        }
+    }
+
+    /// Decides about the arguments of a call: one of `rules` must hold. They begin with the same conditions and end with
+    /// one that differs.
+    fn examine(&mut self, rules: &[&[Condition]]) -> Result<(), &'static str> {
+        let firsts =
+            rules.iter().map(|rule| rule.split_first()).collect::<Option<Vec<_>>>().ok_or("too short a rule")?;
+        if let [(first, [_, ..]), ..] = firsts[..] {
+            if firsts.iter().any(|(other, _)| *other != first) {
+                return Err("its rules begin with different conditions");
+            }
+            self.load(first.index, first.mask);
+            self.push(JUMP_EQUAL, first.value, Target::Next, Target::Trap);
+            return self.examine(&firsts.iter().map(|(_, rest)| *rest).collect::<Vec<_>>());
+        }
+        if firsts.iter().any(|(_, rest)| !rest.is_empty()) {
+            return Err("its rules are not of one length");
+        }
         // Where more than one has the top bit, they come last, and are compared without it after the argument lost it.
-        let (bare, topped) = rules.iter().partition::<Vec<_>, _>(|rule| rule.iter().all(|part| part.value & TOP == 0));
+        let (bare, topped) = firsts.iter().map(|(only, _)| *only).partition::<Vec<_>, _>(|only| only.value & TOP == 0);
         let turn = topped.len() > 1;
-        for (index, rule) in bare.into_iter().chain(topped).enumerate() {
-            let last = index + 1 == rules.len();
-            let next = if last { Target::Trap } else { Target::Label(self.label()) };
-            for (position, &Condition { index, mask, value }) in rule.iter().enumerate() {
-                if !matches!(loaded, Some((same, with, _)) if (same, with) == (index, mask)) {
-                    self.push(LOAD, ARGUMENTS + 8 * index, Target::Next, Target::Next);
-                    if mask != u32::MAX {
-                        self.push(AND, mask, Target::Next, Target::Next);
-                    }
-                    loaded = Some((index, mask, 0));
-                }
-                let turned = loaded.map_or(0, |(_, _, turned)| turned);
-                if turn && (value ^ turned) & TOP != 0 {
-                    self.push(XOR, TOP, Target::Next, Target::Next);
-                    loaded = Some((index, mask, turned ^ TOP));
-                }
-                let yes = if position + 1 == rule.len() { Target::Allow } else { Target::Next };
-                self.push(JUMP_EQUAL, if turn { value & !TOP } else { value }, yes, next);
+        let (mut loaded, mut turned) = (None, false);
+        for &Condition { index, mask, value } in bare.into_iter().chain(topped) {
+            if loaded != Some((index, mask)) {
+                self.load(index, mask);
+                (loaded, turned) = (Some((index, mask)), false);
             }
-            // After more than one condition it depends on which of them did not hold.
-            loaded = loaded.filter(|_| rule.len() == 1);
-            if let Target::Label(label) = next {
-                self.place(label);
+            if turn && value & TOP != 0 && !turned {
+                self.push(XOR, TOP, Target::Next, Target::Next);
+                turned = true;
             }
+            self.push(JUMP_EQUAL, if turned { value & !TOP } else { value }, Target::Allow, Target::Next);
+        }
+        self.otherwise_trap();
+        Ok(())
+    }
+
+    /// What the last comparison does not let pass is refused.
+    fn otherwise_trap(&mut self) {
+        if let Some(last) = self.statements.last_mut() {
+            last.no = Target::Trap;
         }
     }
 
@@ -165,39 +184,15 @@ pub fn compile(filter: &Value, other: &str) -> Result<Vec<Statement>, Box<dyn Er
         return Err("its actions must be allow and trap".into());
     }
     let calls = parse(filter, other)?;
-    let (free, mut examined) = calls.iter().partition::<Vec<&Call>, _>(|(_, rules)| rules.iter().any(Vec::is_empty));
+    let (free, examined) = calls.iter().partition::<Vec<&Call>, _>(|(_, rules)| rules.iter().any(Vec::is_empty));
     let free: Vec<_> = free.into_iter().map(|(number, _)| *number).collect();
-    let mut random = 0_u64;
-    let mut draw = || {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        random >> 33
-    };
-    let mut best = None;
-    for _ in 0..LAYOUTS {
-        examined.sort_by_cached_key(|_| draw());
-        let gap = (usize::try_from(draw())? % examined.len().max(1), usize::try_from(draw())? % 5);
-        let program = lay_out(&free, &examined, gap)?;
-        let cost = (passes(&program) + 1) * program.len();
-        if best.as_ref().is_none_or(|(least, _)| cost < *least) {
-            best = Some((cost, program));
-        }
-    }
-    Ok(best.map(|(_, program)| program).unwrap_or_default())
-}
-
-/// The program that lets the numbers in `free` pass and looks at the arguments of the others in this order. Before those
-/// of the call at `gap.0` stand `gap.1` statements that are never reached: a gap can keep jumps from getting short one
-/// after the other, pass by pass.
-fn lay_out(free: &[u32], examined: &[&Call], gap: (usize, usize)) -> Result<Vec<Statement>, Box<dyn Error>> {
     let mut program = Program::default();
     program.push(LOAD_INDEX, 0, Target::Next, Target::Next);
     program.push(LOAD, ARCHITECTURE, Target::Next, Target::Next);
-    let right = program.label();
-    program.push(JUMP_EQUAL, X86_64, Target::Label(right), Target::Next);
-    program.push(RETURN, KILL_PROCESS, Target::Next, Target::Next);
-    program.place(right);
+    let wrong = program.label();
+    program.push(JUMP_EQUAL, X86_64, Target::Next, Target::Label(wrong));
     program.push(LOAD, NUMBER, Target::Next, Target::Next);
-    let mut sorted = free.to_vec();
+    let mut sorted = free.clone();
     sorted.sort_unstable();
     let runs = sorted.chunk_by(|number, next| number + 1 == *next).filter(|run| run.len() > 2);
     for run in runs.clone() {
@@ -207,7 +202,7 @@ fn lay_out(free: &[u32], examined: &[&Call], gap: (usize, usize)) -> Result<Vec<
         program.place(others);
     }
     let mut labels = Vec::new();
-    for (number, _) in examined {
+    for (number, _) in &examined {
         let label = program.label();
         program.push(JUMP_EQUAL, *number, Target::Label(label), Target::Next);
         labels.push(label);
@@ -215,64 +210,18 @@ fn lay_out(free: &[u32], examined: &[&Call], gap: (usize, usize)) -> Result<Vec<
     for number in free.iter().filter(|number| !runs.clone().any(|run| run.contains(number))) {
         program.push(JUMP_EQUAL, *number, Target::Allow, Target::Next);
     }
-    program.statements.last_mut().ok_or("it allows nothing")?.no = Target::Trap;
-    for (index, ((_, rules), label)) in examined.iter().zip(labels).enumerate() {
-        for _ in 0..if gap.0 == index { gap.1 } else { 0 } {
-            program.push(RETURN, TRAP, Target::Next, Target::Next);
-        }
+    program.otherwise_trap();
+    program.place(wrong);
+    program.push(RETURN, KILL_PROCESS, Target::Next, Target::Next);
+    for ((number, rules), label) in examined.into_iter().zip(labels) {
         program.place(label);
-        program.examine(rules);
+        let rules: Vec<_> = rules.iter().map(Vec::as_slice).collect();
+        program.examine(&rules).map_err(|error| format!("call {number}: {error}"))?;
+    }
+    for _ in 0..GAP {
+        program.push(DIVIDE, 1, Target::Next, Target::Next);
     }
     program.finish()
-}
-
-/// How often the kernel goes over a program until the translation gets no shorter (bpf_int_jit_compile() of Linux 6.12):
-/// a jump is short if it leads no farther than [`NEAR`], and how far it leads is known from the pass before.
-fn passes(program: &[Statement]) -> usize {
-    /// In bytes, of a jump forward.
-    const NEAR: usize = 123;
-    /// Bytes, without what a long jump takes more; that, and the statement where it leads.
-    type Instruction = (usize, Option<(usize, usize)>);
-    let mut instructions = Vec::<Instruction>::new();
-    let mut begins = Vec::new();
-    for (at, &Statement { code, jt, jf, k }) in program.iter().enumerate() {
-        begins.push(instructions.len());
-        let (yes, no) = (at + 1 + usize::from(jt), at + 1 + usize::from(jf));
-        match code {
-            LOAD_INDEX | LOAD => instructions.push((3, None)),
-            AND | XOR => instructions.push((if i8::try_from(k.cast_signed()).is_ok() { 3 } else { 5 }, None)),
-            RETURN => instructions.extend([(5, None); 2]),
-            _ => {
-                let compare = match k {
-                    1..128 => 4,
-                    128..TOP => 7,
-                    0 | TOP.. => 3,
-                };
-                if k >= TOP {
-                    instructions.push((5, None));
-                }
-                instructions.push((compare + 2, Some((4, if jt > 0 { yes } else { no }))));
-                if jt > 0 && jf > 0 {
-                    instructions.push((2, Some((3, no))));
-                }
-            }
-        }
-    }
-    let mut ends: Vec<usize> = (1..=instructions.len()).map(|number| 64 * number).collect();
-    for pass in 1.. {
-        let mut end = 0;
-        let place = |(at, &(bytes, jump)): (usize, &Instruction)| {
-            let far = jump.filter(|&(_, statement)| ends[begins[statement] - 1] - ends[at] > NEAR);
-            end += bytes + far.map_or(0, |(more, _)| more);
-            end
-        };
-        let next: Vec<_> = instructions.iter().enumerate().map(place).collect();
-        if next.last() == ends.last() {
-            return pass;
-        }
-        ends = next;
-    }
-    unreachable!("a translation that only gets shorter ends")
 }
 
 /// The rules for each system call, in the order of the file.
