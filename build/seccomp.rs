@@ -184,36 +184,36 @@ pub fn compile(filter: &Value, other: &str) -> Result<Vec<Statement>, Box<dyn Er
         return Err("its actions must be allow and trap".into());
     }
     let calls = parse(filter, other)?;
-    let (free, examined) = calls.iter().partition::<Vec<&Call>, _>(|(_, rules)| rules.iter().any(Vec::is_empty));
-    let free: Vec<_> = free.into_iter().map(|(number, _)| *number).collect();
+    let is_free = |(_, rules): &&Call| rules.iter().any(Vec::is_empty);
+    let mut free: Vec<_> = calls.iter().filter(is_free).map(|(number, _)| *number).collect();
+    free.sort_unstable();
+    let runs = free.chunk_by(|number, next| number + 1 == *next).filter(|run| run.len() > 2);
     let mut program = Program::default();
     program.push(LOAD_INDEX, 0, Target::Next, Target::Next);
     program.push(LOAD, ARCHITECTURE, Target::Next, Target::Next);
     let wrong = program.label();
     program.push(JUMP_EQUAL, X86_64, Target::Next, Target::Label(wrong));
     program.push(LOAD, NUMBER, Target::Next, Target::Next);
-    let mut sorted = free.clone();
-    sorted.sort_unstable();
-    let runs = sorted.chunk_by(|number, next| number + 1 == *next).filter(|run| run.len() > 2);
     for run in runs.clone() {
         let (others, first, last) = (program.label(), run[0], run[run.len() - 1]);
         program.push(JUMP_GREATER, last, Target::Label(others), Target::Next);
         program.push(JUMP_GREATER_OR_EQUAL, first, Target::Allow, Target::Next);
         program.place(others);
     }
-    let mut labels = Vec::new();
-    for (number, _) in &examined {
-        let label = program.label();
-        program.push(JUMP_EQUAL, *number, Target::Label(label), Target::Next);
-        labels.push(label);
-    }
-    for number in free.iter().filter(|number| !runs.clone().any(|run| run.contains(number))) {
-        program.push(JUMP_EQUAL, *number, Target::Allow, Target::Next);
+    let mut examined = Vec::new();
+    for call in calls.iter().filter(|(number, _)| !runs.clone().any(|run| run.contains(number))) {
+        let target = if is_free(&call) {
+            Target::Allow
+        } else {
+            examined.push((program.label(), call));
+            Target::Label(program.labels.len() - 1)
+        };
+        program.push(JUMP_EQUAL, call.0, target, Target::Next);
     }
     program.otherwise_trap();
     program.place(wrong);
     program.push(RETURN, KILL_PROCESS, Target::Next, Target::Next);
-    for ((number, rules), label) in examined.into_iter().zip(labels) {
+    for (label, (number, rules)) in examined {
         program.place(label);
         let rules: Vec<_> = rules.iter().map(Vec::as_slice).collect();
         program.examine(&rules).map_err(|error| format!("call {number}: {error}"))?;

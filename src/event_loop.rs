@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -113,9 +114,10 @@ impl EventLoop {
         self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
     }
 
-    /// Waits until something happens, if there is nothing else to do, and returns the tokens of what happened.
-    pub fn wait(&mut self, idle: bool) -> io::Result<impl Iterator<Item = Token> + use<>> {
-        let timeout = if idle { -1 } else { 0 };
+    /// Waits until something happens, at most for `patience`, which is at least a millisecond or zero, and returns the
+    /// tokens of what happened.
+    pub fn wait(&mut self, patience: Option<Duration>) -> io::Result<impl Iterator<Item = Token> + use<>> {
+        let timeout = patience.map_or(-1, |patience| patience.as_millis() as i32);
         let count = retried(|| self.epoll.wait(timeout, &mut self.events))?;
         let events = self.events;
         Ok(events.into_iter().take(count).filter_map(|event| Token::unpack(event.data())))
@@ -157,9 +159,9 @@ mod tests {
         events.add(other.as_raw_fd(), When::Readable, Token::Command).unwrap();
         for _ in 0..2 {
             kick.write(1).unwrap();
-            assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Device(3, 1)]);
+            assert_eq!(events.wait(None).unwrap().collect::<Vec<_>>(), [Token::Device(3, 1)]);
         }
         other.write(1).unwrap();
-        assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Command], "no second report of the kick");
+        assert_eq!(events.wait(None).unwrap().collect::<Vec<_>>(), [Token::Command], "no second report of the kick");
     }
 }

@@ -280,6 +280,16 @@ impl GuestRam {
         self.served = true;
     }
 
+    /// The pages below 1 MiB, which are written before the guest runs, shall not make the host zero 2 MiB for them.
+    pub fn keep_low_pages_small(&self) {
+        if self.huge_pages == HugePages::None
+            && let Ok(low) = self.slice(0, self.size().min(MIB))
+        {
+            // A hint: hosts without transparent huge pages refuse it.
+            let _ = advise(&low, libc::MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE");
+        }
+    }
+
     /// Makes RAM what the memory file of a snapshot holds: a private mapping, of which pages are read
     /// when they are touched and copied when they are written. Huge pages cannot be mapped so; they
     /// are filled at once.
@@ -460,16 +470,8 @@ fn reserve(gpa: u64, size: u64, huge_pages: HugePages, written: Written) -> Resu
     let region = GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or(Error::OutsideRam { gpa, len: size })?;
     let slice = region.as_volatile_slice().map_err(|_| Error::OutsideRam { gpa, len: size })?;
     advise(&slice, libc::MADV_DONTDUMP, "MADV_DONTDUMP")?;
-    match huge_pages {
-        HugePages::Transparent => advise(&slice, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE")?,
-        // The pages below 1 MiB that are written before the guest runs must not make the host zero 2 MiB for them. A hint:
-        // hosts without transparent huge pages refuse it.
-        HugePages::None if gpa == 0 => {
-            if let Ok(low) = slice.subslice(0, slice.len().min(MIB as usize)) {
-                let _ = advise(&low, libc::MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE");
-            }
-        }
-        _ => {}
+    if huge_pages == HugePages::Transparent {
+        advise(&slice, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE")?;
     }
     Ok(region)
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use common::{Guest, MicroVm, PATIENCE, Place, artefact};
+use common::{Guest, MicroVm, PATIENCE, Place, artefact, wait_until};
 use serde_json::json;
 use vesicle::memory::BOOT_TIMER;
 
@@ -238,5 +238,22 @@ fn what_is_no_kernel_is_refused_and_the_next_one_boots() {
     // A refusal changes nothing: the kernel from before boots.
     vm.start();
     vm.wait_until_ready();
+    vm.shut_down();
+}
+
+#[test]
+fn a_process_that_waits_makes_its_vm_ahead_and_has_no_other() {
+    let mut vm = Guest::tuned().configure();
+    let pid = vm.pid();
+    let vms = || {
+        let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let names = files.filter_map(|file| fs::read_link(file.unwrap().path()).ok());
+        names.filter(|name| name.as_os_str() == "anon_inode:kvm-vm").count()
+    };
+    wait_until(|| vms() == 1);
+    vm.start();
+    vm.wait_until_ready();
+    assert_eq!(vms(), 1);
+    assert_eq!(vm.ok("echo up"), "up");
     vm.shut_down();
 }

@@ -10,7 +10,7 @@ mod vm;
 pub mod x86_64;
 
 pub use vcpu::{Exits, Report, Run, Vcpu, Wish, install_kick_handler, pre_fault};
-pub use vm::{Kvm, Vm};
+pub use vm::{EmptyVm, Kvm, Vm};
 
 /// A call into KVM that failed.
 #[derive(Debug, thiserror::Error)]

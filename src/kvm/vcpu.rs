@@ -66,7 +66,7 @@ pub enum Report {
 /// What a vCPU is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Run {
-    /// Parked, or without a thread yet.
+    /// Parked.
     Parked,
     /// In the guest or handling an exit.
     Running,
@@ -88,9 +88,8 @@ struct Inner {
     wish: Wish,
     state: Run,
     immediate_exit: ImmediateExit,
-    /// The vCPU before it has a thread, and when that has exited: to close it is the vmm thread's part, the thread's
-    /// filter has no call for it.
-    idle: Option<VcpuFd>,
+    /// The vCPU when its thread has exited: to close it is the vmm thread's part, the thread's filter has no call for it.
+    retired: Option<VcpuFd>,
     /// The thread's id in the kernel, once it runs.
     thread: Option<libc::c_long>,
 }
@@ -148,45 +147,37 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// The handle of a vCPU that parks. `to_vmm` is signalled when it parks again or exits.
-    pub fn new(mut fd: VcpuFd, to_vmm: Arc<EventFd>) -> Self {
-        let raw = fd.as_raw_fd();
-        let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
-        let inner = Inner { wish: Wish::Park, state: Run::Parked, immediate_exit, idle: Some(fd), thread: None };
-        let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new(), to_vmm });
-        Self { shared, thread: None, fd: raw, process: std::process::id() }
-    }
-
-    /// Starts its thread, as vCPU `id`, unless it has one. The thread begins with `confine`; if that fails it exits and
-    /// says why.
+    /// Starts the thread of vCPU `id`, which begins with `confine` and then parks; if that fails it exits and says why.
+    /// `to_vmm` is signalled when it parks again or exits.
     ///
     /// # Errors
     /// The host starts no thread.
-    pub fn start<E: Exits + 'static>(
-        &mut self,
+    pub fn spawn<E: Exits + 'static>(
         id: u8,
-        exits: &Arc<E>,
+        mut fd: VcpuFd,
+        exits: Arc<E>,
+        to_vmm: Arc<EventFd>,
         confine: impl FnOnce() -> Result<(), String> + Send + 'static,
-    ) -> Result<(), Error> {
-        if self.thread.is_some() {
-            return Ok(());
-        }
-        let (shared, exits) = (Arc::clone(&self.shared), Arc::clone(exits));
+    ) -> Result<Self, Error> {
+        let raw = fd.as_raw_fd();
+        let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
+        let inner = Inner { wish: Wish::Park, state: Run::Parked, immediate_exit, retired: None, thread: None };
+        let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new(), to_vmm });
+        let theirs = Arc::clone(&shared);
         let body = move || {
-            let Some(mut fd) = shared.lock().idle.take() else { return };
             let report = match confine() {
-                Ok(()) => live(&shared, &mut fd, exits.as_ref()),
+                Ok(()) => live(&theirs, &mut fd, exits.as_ref()),
                 Err(why) => Some(Report::Failure(why)),
             };
-            let mut inner = shared.lock();
+            let mut inner = theirs.lock();
             inner.state = Run::Exited(report);
-            inner.idle = Some(fd);
+            inner.retired = Some(fd);
             drop(inner);
-            shared.notify_vmm();
+            theirs.notify_vmm();
         };
         let thread = std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(body);
-        self.thread = Some(thread.map_err(|source| Error::Thread(id, source))?);
-        Ok(())
+        let thread = Some(thread.map_err(|source| Error::Thread(id, source))?);
+        Ok(Self { shared, thread, fd: raw, process: std::process::id() })
     }
 
     /// States a wish. `Run` takes effect at once; the others when the vCPU has left the guest.
@@ -378,7 +369,7 @@ mod tests {
                 state: Run::Parked,
                 immediate_exit: page,
                 thread: None,
-                idle: None,
+                retired: None,
             }),
             changed: Condvar::new(),
             to_vmm: Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),

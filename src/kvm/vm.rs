@@ -17,16 +17,15 @@ use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
 use crate::os::checked;
 
-/// `/dev/kvm`, checked.
+/// `/dev/kvm`.
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm`, or takes a descriptor of it that was passed in, and checks what it must be able to do, changed
-    /// by `changes`.
-    pub fn open(passed: Option<&OwnedFd>, changes: &[Capability]) -> Result<Self, Error> {
+    /// Opens `/dev/kvm`, or takes a descriptor of it that was passed in.
+    fn open(passed: Option<&OwnedFd>) -> Result<Self, Error> {
         let fd = match passed {
             // SAFETY: the descriptor was just made, for this alone.
             Some(fd) => unsafe { kvm_ioctls::Kvm::from_raw_fd(fd.try_clone().map_err(Error::Passed)?.into_raw_fd()) },
@@ -35,6 +34,11 @@ impl Kvm {
         if fd.get_api_version() != 12 {
             return Err(Error::Lacks("API version 12"));
         }
+        Ok(Self { fd })
+    }
+
+    /// Checks what it must be able to do, changed by `changes`.
+    fn check(&self, changes: &[Capability]) -> Result<(), Error> {
         for (cap, name) in [
             (Cap::Irqchip, "in-kernel interrupt controllers"),
             (Cap::Pit2, "the in-kernel timer"),
@@ -45,18 +49,18 @@ impl Kvm {
             (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
             (Cap::ImmediateExit, "immediate_exit"),
         ] {
-            if !changes.contains(&Capability::Waived(cap as u32)) && !fd.check_extension(cap) {
+            if !changes.contains(&Capability::Waived(cap as u32)) && !self.fd.check_extension(cap) {
                 return Err(Error::Lacks(name));
             }
         }
         for change in changes {
             if let Capability::Required(number) = *change
-                && fd.check_extension_raw(number.into()) <= 0
+                && self.fd.check_extension_raw(number.into()) <= 0
             {
                 return Err(Error::Capability(number));
             }
         }
-        Ok(Self { fd })
+        Ok(())
     }
 
     /// The leaves KVM can show a guest on this host. It takes a quarter of a millisecond to ask.
@@ -71,19 +75,43 @@ impl Kvm {
     }
 }
 
+/// A VM with nothing in it: what can be made before it is known for what.
+pub struct EmptyVm {
+    kvm: Kvm,
+    fd: VmFd,
+}
+
+impl EmptyVm {
+    /// Makes it with `/dev/kvm`, or a descriptor of that which was passed in.
+    ///
+    /// # Errors
+    /// There is no KVM for this user.
+    pub fn new(kvm: Option<&OwnedFd>) -> Result<Self, Error> {
+        let kvm = Kvm::open(kvm)?;
+        let fd = kvm.fd.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        Ok(Self { kvm, fd })
+    }
+}
+
 /// A VM without vCPUs.
 pub struct Vm {
     fd: VmFd,
 }
 
 impl Vm {
-    /// Makes a VM over `ram` and memory it can only read, with PIC, I/O APIC, local APICs and PIT in
-    /// the kernel. With `log_dirty` KVM notes which pages of `ram` the guest writes.
+    /// Gives a VM `ram` and memory it can only read, and PIC, I/O APIC, local APICs and PIT in the kernel, which has to be
+    /// able to do what `changes` say. With `log_dirty` KVM notes which pages of `ram` the guest writes.
     ///
     /// # Safety
     /// What `read_only` names is mapped as long as the VM lives, and `ram` outlives the VM.
-    pub unsafe fn new(kvm: &Kvm, ram: &GuestRam, log_dirty: bool, read_only: Option<Slot>) -> Result<Self, Error> {
-        let fd = kvm.fd.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+    pub unsafe fn new(
+        EmptyVm { kvm, fd }: EmptyVm,
+        changes: &[Capability],
+        ram: &GuestRam,
+        log_dirty: bool,
+        read_only: Option<Slot>,
+    ) -> Result<(Kvm, Self), Error> {
+        kvm.check(changes)?;
         fd.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(memory::KVM_TSS as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
         let ram_flags = if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
@@ -103,7 +131,7 @@ impl Vm {
         // The dummy speaker port keeps guests that beep from exiting to us.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-        Ok(Self { fd })
+        Ok((kvm, Self { fd }))
     }
 
     /// A ring that holds the VM's file and can do nothing else: it is never enabled. The kernel takes a

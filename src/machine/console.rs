@@ -323,7 +323,7 @@ mod tests {
             let count = reader.read(&mut buffer).unwrap();
             read.extend_from_slice(&buffer[..count]);
             if read.len() < written && !console.pending.is_empty() {
-                assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::OutputReady]);
+                assert_eq!(events.wait(None).unwrap().collect::<Vec<_>>(), [Token::OutputReady]);
                 console.write_output(&serial, &events);
             }
         }
@@ -387,7 +387,7 @@ mod tests {
             }
             let mut before = 0;
             while before < total as u64 {
-                assert_eq!(events.wait(true).unwrap().collect::<Vec<_>>(), [Token::Serial]);
+                assert_eq!(events.wait(None).unwrap().collect::<Vec<_>>(), [Token::Serial]);
                 console.write_output(&serial, &events);
                 let after = file.metadata().unwrap().len();
                 longest = longest.max(after - before);

@@ -27,6 +27,7 @@ pub fn fill(
     let mapping = source.image_mapping.unwrap_or_default();
     let images = Images { kernel, initrd, mapping };
     let vcpus = u8::try_from(shell.vcpu_fds.len()).unwrap_or(u8::MAX);
+    shell.ram.keep_low_pages_small();
     let entry = boot::fill(&shell.ram, &images, &cmdline, vcpus, &devices)?;
     renew_generation_id(&shell.ram)?;
     let changes = config.cpu.clone().unwrap_or_default();

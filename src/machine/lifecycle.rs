@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -30,7 +30,7 @@ use crate::control::{Answer, Command, CommandReceiver, Event, Lifecycle, Publish
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::virtio::Device;
 use crate::event_loop::{EventLoop, Token, When};
-use crate::kvm::{Report, Run, Wish};
+use crate::kvm::{EmptyVm, Report, Run, Wish};
 use crate::metrics::{JsonLines, METRICS};
 use crate::mmds::{self, Mmds};
 use crate::sandbox::landlock::Grants;
@@ -88,6 +88,30 @@ pub(super) struct Due {
     pub(super) run: Option<Event>,
 }
 
+/// A process that is started ahead of its job makes the VM, which costs most of a load, as soon as it has nothing else to
+/// do.
+pub(super) enum Spare {
+    /// When nothing happens for [`IDLE`].
+    Due,
+    /// It waits.
+    Vm(EmptyVm),
+    /// It was needed, or cannot be had now.
+    Over,
+}
+
+impl Spare {
+    /// The VM for this process's one machine.
+    pub(super) fn take(&mut self, kvm: Option<&OwnedFd>) -> Result<EmptyVm, Error> {
+        match std::mem::replace(self, Self::Over) {
+            Self::Vm(vm) => Ok(vm),
+            Self::Due | Self::Over => Ok(EmptyVm::new(kvm)?),
+        }
+    }
+}
+
+/// Longer than a client takes between two requests, shorter than it waits for its next guest.
+const IDLE: Duration = Duration::from_millis(2);
+
 /// The metrics file and when to write it.
 pub(super) struct Metrics {
     pub(super) lines: JsonLines,
@@ -125,6 +149,7 @@ pub struct Vmm {
     /// What failed and cannot be tried again ends the process, once its client was told.
     pub(super) doom: Option<Ending>,
     pub(super) due: Due,
+    pub(super) spare: Spare,
     /// A machine that only waits for the load of its snapshot.
     pub(super) prepared: Option<Prepared>,
     /// The snapshot that this microVM came from.
@@ -166,6 +191,7 @@ impl Vmm {
             deferred: VecDeque::new(),
             doom: None,
             due: Due::default(),
+            spare: Spare::Due,
             prepared: None,
             origin: None,
         })
@@ -178,10 +204,19 @@ impl Vmm {
             if let Some(ending) = self.doom.take() {
                 return self.end(ending);
             }
-            let tokens = match self.events.wait(self.live.is_none()) {
-                Ok(tokens) => tokens,
+            let patience = match (&self.live, &self.spare) {
+                (Some(_), _) => Some(Duration::ZERO),
+                (None, Spare::Due) => Some(IDLE),
+                (None, _) => None,
+            };
+            let mut tokens = match self.events.wait(patience) {
+                Ok(tokens) => tokens.peekable(),
                 Err(error) => return self.end(Ending::failure(format!("cannot wait for events: {error}"))),
             };
+            if matches!(self.spare, Spare::Due) && tokens.peek().is_none() {
+                // Whoever needs it and cannot have it says why.
+                self.spare = EmptyVm::new(self.host.kvm.as_ref()).map_or(Spare::Over, Spare::Vm);
+            }
             for token in tokens {
                 if let Some(ending) = self.dispatch(token).or_else(|| self.doom.take()) {
                     return self.end(ending);
@@ -325,13 +360,14 @@ impl Vmm {
     }
 
     /// Shell, fill: everything up to the first instruction. What was made goes away on failure.
-    fn build(&self) -> Result<Machine, Error> {
+    fn build(&mut self) -> Result<Machine, Error> {
         let (Some(source), Some(kernel)) = (&self.config.boot_source, &self.files.kernel) else {
             return Err(Error::NoBootSource);
         };
         let layout = Layout::from(&self.config);
         let devices = self.devices()?;
-        let shell = Shell::new(&layout, devices.len(), self.boot_timer.clone(), self.host.kvm.as_ref())?;
+        let vm = self.spare.take(self.host.kvm.as_ref())?;
+        let shell = Shell::new(&layout, devices.len(), self.boot_timer.clone(), vm)?;
         fill::fill(&shell, source, kernel, self.files.initrd.as_ref(), &self.config, layout.topology)?;
         let mut machine = Machine::assemble(shell, self.console()?);
         machine.plug(devices)?;

@@ -23,7 +23,7 @@ use crate::snapshot::pagemap::Pagemap;
 
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
 pub struct Machine {
-    /// Second handles of the vCPUs, made when they are first needed.
+    /// The vCPUs until they have threads, then second handles of them, made when they are first needed.
     pub(super) handles: Vec<VcpuFd>,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) vcpu_event: Arc<EventFd>,
@@ -58,10 +58,9 @@ impl Machine {
     /// Makes a machine of a shell that has its content. It lacks virtio devices and the threads of its vCPUs.
     pub fn assemble(shell: Shell, console: Console) -> Self {
         let Shell { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event, confining } = shell;
-        let vcpus = vcpu_fds.into_iter().map(|fd| Vcpu::new(fd, Arc::clone(&vcpu_event))).collect();
         Self {
-            handles: Vec::new(),
-            vcpus,
+            handles: vcpu_fds,
+            vcpus: Vec::new(),
             vcpu_event,
             bus,
             console,
@@ -102,14 +101,17 @@ impl Machine {
     /// Starts the threads of the vCPUs, unless it has, each under its filter. `paths` says whether they give up all paths
     /// themselves: otherwise they keep those that the calling thread has.
     pub fn start_vcpus(&mut self, sandbox: &Sandbox, paths: bool) -> Result<(), Error> {
-        for (id, vcpu) in (0..).zip(&mut self.vcpus) {
+        if !self.vcpus.is_empty() {
+            return Ok(());
+        }
+        for (id, fd) in (0..).zip(std::mem::take(&mut self.handles)) {
             let (sandbox, held) = (sandbox.clone(), self.confining.thread());
             let confine = move || {
                 let _held = held;
                 let confine = if paths { Sandbox::confine_thread } else { Sandbox::filter };
                 confine(&sandbox, ThreadKind::Vcpu).map_err(|error| chain(&error))
             };
-            vcpu.start(id, &self.bus, confine)?;
+            self.vcpus.push(Vcpu::spawn(id, fd, Arc::clone(&self.bus), Arc::clone(&self.vcpu_event), confine)?);
         }
         Ok(())
     }

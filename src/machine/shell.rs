@@ -1,6 +1,5 @@
 //! A machine without content: RAM, VM, vCPUs, devices, all wired, nothing in them.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -14,7 +13,7 @@ use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
 use crate::devices::serial::{COM1_IRQ, Serial};
 use crate::devices::virtio::{INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
 use crate::kvm::x86_64::cpuid::Topology;
-use crate::kvm::{self, Kvm, Vm};
+use crate::kvm::{self, EmptyVm, Kvm, Vm};
 use crate::memory::{self, GuestRam, MmioDevice, VM_GENERATION_ID};
 use crate::metrics::METRICS;
 use crate::random;
@@ -94,20 +93,15 @@ pub struct Shell {
 
 impl Shell {
     /// Builds it with room for `devices` virtio devices, in the order that KVM does fastest (see
-    /// [`crate::kvm`]). `kvm` is `/dev/kvm` if it was passed in.
-    pub fn new(
-        layout: &Layout,
-        devices: usize,
-        boot_timer: Option<BootTimer>,
-        kvm: Option<&OwnedFd>,
-    ) -> Result<Self, Error> {
-        let kvm = Kvm::open(kvm, &layout.kvm_capabilities)?;
+    /// [`crate::kvm`]).
+    pub fn new(layout: &Layout, devices: usize, boot_timer: Option<BootTimer>, vm: EmptyVm) -> Result<Self, Error> {
         let reserve = if layout.log_dirty { GuestRam::tracked } else { GuestRam::new };
         let ram = reserve(layout.ram_bytes, layout.huge_pages)?;
         let windows = Windows::new(devices);
         // SAFETY: a shell, and the machine it becomes, holds RAM and windows as long as the VM and
         // drops them after it.
-        let vm = Arc::new(unsafe { Vm::new(&kvm, &ram, layout.log_dirty, windows.slot()) }?);
+        let (kvm, vm) = unsafe { Vm::new(vm, &layout.kvm_capabilities, &ram, layout.log_dirty, windows.slot()) }?;
+        let vm = Arc::new(vm);
         let vcpu_fds = (0..layout.topology.vcpus).map(|id| vm.create_vcpu(id)).collect::<Result<_, _>>()?;
         kvm::install_kick_handler();
         let swallowed = event(libc::EFD_NONBLOCK)?;

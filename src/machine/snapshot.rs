@@ -26,7 +26,7 @@ pub use self::error::SnapshotError;
 use self::files::{Files, MemoryFile, check_request, new_id, pages_of};
 use super::Error;
 use super::console::Console;
-use super::files::{Host, open_image};
+use super::files::open_image;
 use super::handler;
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
@@ -42,8 +42,10 @@ use crate::devices::bus::Bus;
 use crate::devices::i8042::I8042State;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
+use crate::kvm::EmptyVm;
 use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
+use crate::sandbox::Sandbox;
 use crate::snapshot::memory;
 use crate::snapshot::working_set::{self, Run};
 use crate::snapshot::{Id, format};
@@ -208,11 +210,14 @@ impl Vmm {
     pub fn prepare(&mut self, path: &Path, working_set: Option<&Path>) -> Result<(), Refusal> {
         let snapshot = Opened::open(path, None).map_err(refuse)?;
         let layout = Layout::from(&checked(snapshot.state.config.clone())?);
-        let mut prepared = Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?;
+        let vm = self.spare.take(self.host.kvm.as_ref()).map_err(refuse)?;
+        let mut prepared =
+            Prepared::new(snapshot, layout, self.boot_timer.clone(), vm, &self.host.sandbox).map_err(refuse)?;
         prepared.machine.provide(self.host.proc.as_ref().map(AsFd::as_fd));
         let size = prepared.machine.ram.size();
         let runs = working_set.map(|path| read_working_set(path, prepared.id, size)).transpose().map_err(refuse)?;
         prepared.machine.start_vcpus(&self.host.sandbox, true).map_err(refuse)?;
+        prepared.machine.take_handles().map_err(refuse)?;
         if let Some(vcpu) = prepared.machine.handles.first() {
             map_ahead(&prepared.machine.ram, vcpu, &runs.unwrap_or_default());
         }
@@ -237,7 +242,8 @@ impl Vmm {
                 let config = snapshot.state.overridden(request, snapshot.id).map_err(refuse)?;
                 self.configure_again(config)?;
                 let layout = Layout::from(&self.config);
-                Prepared::new(snapshot, layout, self.boot_timer.clone(), &self.host).map_err(refuse)?
+                let vm = self.spare.take(self.host.kvm.as_ref()).map_err(refuse)?;
+                Prepared::new(snapshot, layout, self.boot_timer.clone(), vm, &self.host.sandbox).map_err(refuse)?
             }
         };
         let (machine, origin) = self.wake(prepared, request).map_err(refuse)?;
@@ -391,17 +397,22 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    fn new(snapshot: Opened, layout: Layout, boot_timer: Option<BootTimer>, host: &Host) -> Result<Self, Error> {
+    fn new(
+        snapshot: Opened,
+        layout: Layout,
+        boot_timer: Option<BootTimer>,
+        vm: EmptyVm,
+        sandbox: &Sandbox,
+    ) -> Result<Self, Error> {
         let Opened { id, state, memory, files } = snapshot;
-        let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, host.kvm.as_ref())?;
+        let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, vm)?;
         let handler_gone = match memory {
             Memory::File(file) => shell.ram.load(file).map(|()| None)?,
-            Memory::Handler(path) => Some(handler::attach(&path, &mut shell, host.sandbox.clone())?),
+            Memory::Handler(path) => Some(handler::attach(&path, &mut shell, sandbox.clone())?),
         };
         state.apply(&shell.vcpu_fds)?;
         let mut machine = Machine::assemble(shell, Console::new(None, None));
         machine.handler_gone = handler_gone;
-        machine.take_handles()?;
         Ok(Self { id, state, files, layout, machine })
     }
 

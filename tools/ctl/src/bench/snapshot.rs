@@ -5,6 +5,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -118,9 +119,12 @@ fn difference(before: &Counts, after: &Counts) -> [f64; 3] {
     [after.exits - before.exits, after.faults - before.faults, after.calls - before.calls]
 }
 
-/// Lets what a call set in motion come to rest.
+/// Lets what a call set in motion come to rest. Where the clock counts instructions each sample would begin at the same
+/// moment between two of the host's ticks, of 4 ms, unless this takes longer each time.
 fn rest() {
-    std::thread::sleep(Duration::from_millis(100));
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let more = COUNT.fetch_add(1, Ordering::Relaxed) * 617 % 4000;
+    std::thread::sleep(Duration::from_millis(100) + Duration::from_micros(more));
 }
 
 /// A microVM that was booted or, in another process, loaded.
