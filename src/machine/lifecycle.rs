@@ -88,8 +88,7 @@ pub(super) struct Due {
     pub(super) run: Option<Event>,
 }
 
-/// A process that is started ahead of its job makes the VM, which costs most of a load, as soon as it has nothing else to
-/// do.
+/// A process that is started ahead of its job makes the VM, a fifth of a load, as soon as it has nothing else to do.
 pub(super) enum Spare {
     /// When nothing happens for [`IDLE`].
     Due,
@@ -311,7 +310,12 @@ impl Vmm {
         std::thread::yield_now();
         machine.provide(proc.as_ref().map(AsFd::as_fd));
         sandbox.confine_paths(grants)?;
+        machine.start_populating(&sandbox);
         machine.start_vcpus(&sandbox, false)?;
+        if let Some(populating) = &machine.populating {
+            machine.confining.wait();
+            populating.yield_to_others();
+        }
         sandbox.filter(ThreadKind::Vmm)?;
         machine.confining.wait();
         Ok(())

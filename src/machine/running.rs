@@ -20,6 +20,7 @@ use crate::sandbox::seccomp::ThreadKind;
 use crate::sandbox::{Confining, Sandbox};
 use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
+use crate::snapshot::working_set::Run;
 
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
 pub struct Machine {
@@ -32,7 +33,9 @@ pub struct Machine {
     pub(super) kvm: Kvm,
     pub(super) vm: Arc<Vm>,
     pub(super) ram: GuestRam,
-    /// What populates the working set of the snapshot that it came from.
+    /// The working set of the snapshot that it came from, until [`Self::start_populating`].
+    pub(super) working_set: Vec<Run>,
+    /// What populates it.
     pub(super) populating: Option<Populating>,
     /// Signalled when the page fault handler that has its memory is gone.
     pub(super) handler_gone: Option<Arc<EventFd>>,
@@ -67,6 +70,7 @@ impl Machine {
             kvm,
             vm,
             ram,
+            working_set: Vec::new(),
             populating: None,
             handler_gone: None,
             has_base: false,
@@ -114,6 +118,15 @@ impl Machine {
             self.vcpus.push(Vcpu::spawn(id, fd, Arc::clone(&self.bus), Arc::clone(&self.vcpu_event), confine)?);
         }
         Ok(())
+    }
+
+    /// Has the working set populated. What cannot be done costs time and nothing else.
+    pub fn start_populating(&mut self, sandbox: &Sandbox) {
+        let runs = std::mem::take(&mut self.working_set);
+        if !runs.is_empty() {
+            let started = Populating::start(self.ram.memory().clone(), runs, sandbox.clone(), self.confining.thread());
+            self.populating = started.inspect_err(|error| log::warn!("{}.", chain(error))).ok();
+        }
     }
 
     /// Puts the virtio devices in, once.

@@ -30,7 +30,7 @@ use super::files::open_image;
 use super::handler;
 use super::layers;
 use super::lifecycle::{Ending, Vmm, refuse};
-use super::populate::{Populating, map_ahead};
+use super::populate::map_ahead;
 use super::running::Machine;
 use super::shell::{Layout, Shell, renew_generation_id};
 use crate::config::{
@@ -264,10 +264,7 @@ impl Vmm {
         machine.console = self.console()?;
         machine.has_base = true;
         if let Some(path) = &request.working_set_path {
-            let runs = read_working_set(path, id, machine.ram.size())?;
-            let ram = machine.ram.memory().clone();
-            let confining = machine.confining.thread();
-            machine.populating = Some(Populating::start(ram, runs, self.host.sandbox.clone(), confining)?);
+            machine.working_set = read_working_set(path, id, machine.ram.size())?;
         }
         state.wake(&machine, request.clock_realtime)?;
         Ok((machine, Origin { state, realtime: request.clock_realtime }))

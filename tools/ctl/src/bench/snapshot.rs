@@ -30,13 +30,16 @@ pub const DETERMINISTIC: &[Experiment] = &[
         let echo = seconds(start, Instant::now());
         Ok(vec![("snapshot", snapshot.as_secs_f64()), ("load", load.as_secs_f64()), ("load-echo", echo)])
     }),
+    experiment(&["warm", "warm-echo"], |bench, subject| {
+        recorded(bench, subject)?;
+        let mut clone = MicroVm::launch(bench, subject)?;
+        let start = Instant::now();
+        let load = clone.load_with(bench, &json!({ "working_set_path": bench.files().path("working-set") }))?;
+        let _client = first_echo(bench)?;
+        Ok(vec![("warm", load.as_secs_f64()), ("warm-echo", seconds(start, Instant::now()))])
+    }),
     experiment(&["shell", "shell-echo"], |bench, subject| {
-        serving(bench, subject)?.save(bench)?;
-        let mut first = MicroVm::launch(bench, subject)?;
-        first.load(bench)?;
-        let client = first_echo(bench)?;
-        first.record(bench)?;
-        drop((client, first));
+        recorded(bench, subject)?;
         let mut clone = MicroVm::prepare(bench, subject, true)?;
         let start = Instant::now();
         let load = clone.load(bench)?;
@@ -110,6 +113,15 @@ pub const NATIVE: &[Experiment] = &[
         Ok(vec![("reset-drop", clone.reset()?.as_secs_f64())])
     }),
 ];
+
+/// Saves a guest, and records the working set of a first echo.
+fn recorded(bench: &Bench, subject: &Subject) -> Result<()> {
+    serving(bench, subject)?.save(bench)?;
+    let mut first = MicroVm::launch(bench, subject)?;
+    first.load(bench)?;
+    let _client = first_echo(bench)?;
+    first.record(bench)
+}
 
 fn open_counters() -> Result<Counters> {
     Counters::open().map_err(|error| format!("no tracepoints to count with: {error}").into())
@@ -233,11 +245,19 @@ impl MicroVm {
 
     /// Loads what was saved and runs it; how long until the reply.
     fn load(&mut self, bench: &Bench) -> Result<Duration> {
-        let request = json!({
+        self.load_with(bench, &json!({}))
+    }
+
+    /// The same with `more` in the request.
+    fn load_with(&mut self, bench: &Bench, more: &Value) -> Result<Duration> {
+        let mut request = json!({
             "snapshot_path": bench.files().path("state"),
             "mem_backend": { "backend_type": "File", "backend_path": bench.files().path("memory") },
             "resume_vm": true,
         });
+        for (field, value) in more.as_object().into_iter().flatten() {
+            request[field] = value.clone();
+        }
         self.0.must("PUT", "/snapshot/load", &request)
     }
 
