@@ -312,10 +312,6 @@ impl Vmm {
         sandbox.confine_paths(grants)?;
         machine.start_populating(&sandbox);
         machine.start_vcpus(&sandbox, false)?;
-        if let Some(populating) = &machine.populating {
-            machine.confining.wait();
-            populating.yield_to_others();
-        }
         sandbox.filter(ThreadKind::Vmm)?;
         machine.confining.wait();
         Ok(())

@@ -1,10 +1,10 @@
 //! Pages of a snapshot that are there before the guest asks: in a prepared shell what the memory file holds, beside the
-//! running vCPUs, where a processor is idle, the working set.
+//! running vCPUs the working set.
 //!
 //! What this does is invisible but for its speed: a page that is populated holds what a fault would have put there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
@@ -28,8 +28,6 @@ const STACK_SIZE: usize = 64 << 10;
 pub struct Populating {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    /// The thread's id in the kernel; 0 until it runs.
-    id: Arc<AtomicI64>,
 }
 
 impl Populating {
@@ -45,12 +43,9 @@ impl Populating {
         confining: impl Send + 'static,
     ) -> Result<Self, Error> {
         let stop = Arc::new(AtomicBool::new(false));
-        let id = Arc::new(AtomicI64::new(0));
-        let (theirs, own_id) = (Arc::clone(&stop), Arc::clone(&id));
+        let theirs = Arc::clone(&stop);
         let live = move || {
-            // SAFETY: it has no memory to be unsafe with.
-            own_id.store(unsafe { libc::syscall(libc::SYS_gettid) }, Ordering::Relaxed);
-            let confined = sandbox.filter(ThreadKind::Memory);
+            let confined = sandbox.confine_thread(ThreadKind::Memory);
             drop(confining);
             match confined {
                 Ok(()) => populate(&ram, &runs, &theirs),
@@ -60,18 +55,7 @@ impl Populating {
         };
         let thread = std::thread::Builder::new().name("memory".into()).stack_size(STACK_SIZE).spawn(live);
         let thread = thread.map_err(|source| Error::Event("start the thread for the working set", source))?;
-        Ok(Self { stop, thread: Some(thread), id })
-    }
-
-    /// From now on it runs only where a processor has nothing else to do; before it is confined others wait for it.
-    pub fn yield_to_others(&self) {
-        let (id, priority) = (self.id.load(Ordering::Relaxed), 0_i32);
-        if id == 0 {
-            return;
-        }
-        // SAFETY: the call reads one `struct sched_param`, which is that number. (The C library's function is missing
-        // from musl.)
-        unsafe { libc::syscall(libc::SYS_sched_setscheduler, id, libc::SCHED_IDLE, &raw const priority) };
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     /// Has it end after the batch at hand. It touches nothing that a snapshot or a reset could find wrong meanwhile.

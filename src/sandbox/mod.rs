@@ -68,8 +68,7 @@ impl Sandbox {
         Ok(())
     }
 
-    /// On a thread that is older than the vmm thread's own layer, before it serves: all paths, and what the filter does
-    /// not allow.
+    /// On a thread that needs no path, before it serves: all paths, and what the filter does not allow.
     ///
     /// # Errors
     /// The kernel refuses it.
