@@ -473,7 +473,7 @@ mod tests {
             assert!(text.contains(&format!("  --{name}")), "{name}");
         }
         assert!(text.lines().all(|line| line.len() <= 120), "{text}");
-        assert_eq!(parse(["--snapshot-version"]), Ok(Cli::Print("v1.0.0\n".into())));
+        assert_eq!(parse(["--snapshot-version"]), Ok(Cli::Print("v2.0.0\n".into())));
         assert_eq!(parse(["--describe-snapshot=x"]), Ok(Cli::DescribeSnapshot("x".into())));
         assert_eq!(refusal("--describe-snapshot"), "--describe-snapshot needs a value: PATH");
         assert!(matches!(parse(["--version"]), Ok(Cli::Print(text)) if text.starts_with("Vesicle v")));

@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use crate::config::{FIRST_IRQ, HugePages, MAX_VIRTIO_DEVICES};
+use crate::devices::io_apic::MAX_PINS;
 use crate::os::{checked, retried};
 
 /// All of guest RAM; cheap to clone.
@@ -86,6 +87,13 @@ impl MmioDevice {
         Some(Self { base: VIRTIO_MMIO_START + u64::from(n) * VIRTIO_MMIO_SIZE, irq: FIRST_IRQ + n })
     }
 }
+
+/// How many pins the I/O APIC of a machine with `devices` virtio devices has: no more than are used, for a guest visits
+/// all of them, and each visit is an exit.
+pub const fn io_apic_pins(devices: usize) -> usize {
+    FIRST_IRQ as usize + devices
+}
+const _: () = assert!(io_apic_pins(MAX_VIRTIO_DEVICES) <= MAX_PINS);
 
 /// Why guest RAM could not be made or filled.
 #[derive(Debug, thiserror::Error)]

@@ -156,7 +156,7 @@ fn name(name: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(name), value)
 }
 
-/// Edge-triggered and active high, as KVM's irqfd raises it: a pulse, nobody acknowledges.
+/// Edge-triggered and active high: a pulse, nobody acknowledges.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }

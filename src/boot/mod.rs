@@ -19,7 +19,7 @@ pub mod params;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::memory::{GuestMemory, GuestRam, MmioDevice};
+use crate::memory::{GuestMemory, GuestRam, MmioDevice, io_apic_pins};
 
 pub use kernel::{Entry, Images};
 
@@ -111,7 +111,7 @@ pub fn fill(
     let loaded = kernel::load(ram, images)?;
     let line = [cmdline.as_bytes(), b"\0"].concat();
     put(memory, &line, CMDLINE, CMDLINE_END).map_err(wrote("command line"))?;
-    mptable::write(memory, vcpus).map_err(wrote("MP table"))?;
+    mptable::write(memory, vcpus, io_apic_pins(devices.len())).map_err(wrote("MP table"))?;
     let rsdp = acpi::write_tables(memory, vcpus, devices).map_err(wrote("ACPI tables"))?;
     put(memory, &RESET_CODE, RESET_VECTOR, BIOS_END).map_err(wrote("reset vector"))?;
     params::write(ram, &loaded, rsdp).map_err(wrote("boot parameters"))?;

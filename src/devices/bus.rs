@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::boot_timer::BootTimer;
 use super::i8042::{self, I8042};
+use super::io_apic::IoApic;
 use super::serial::{self, Serial};
 use super::virtio::VirtioMmio;
-use crate::memory::{BOOT_TIMER, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START};
+use crate::memory::{BOOT_TIMER, IO_APIC, PAGE_SIZE, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START};
 
 /// What the guest writes to the boot timer when its user space is up.
 const BOOT_COMPLETE: u8 = 123;
@@ -18,6 +19,8 @@ pub struct Bus {
     pub serial: Mutex<Serial>,
     /// Keyboard controller.
     pub i8042: Mutex<I8042>,
+    /// What their interrupts go through.
+    pub io_apic: Arc<IoApic>,
     /// The virtio devices, in the order of their windows, once they are plugged in.
     pub slots: OnceLock<Vec<Arc<VirtioMmio>>>,
     /// At [`BOOT_TIMER`], if there is one.
@@ -68,9 +71,12 @@ impl Bus {
 
     /// A load outside RAM.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
-        match self.virtio_at(gpa) {
-            Some((device, offset)) => device.read(offset, data),
-            None => data.fill(0xff),
+        if let Some((device, offset)) = self.virtio_at(gpa) {
+            device.read(offset, data);
+        } else if let Some(offset) = io_apic_at(gpa) {
+            self.io_apic.read(offset, data);
+        } else {
+            data.fill(0xff);
         }
     }
 
@@ -78,6 +84,8 @@ impl Bus {
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) {
         if let Some((device, offset)) = self.virtio_at(gpa) {
             device.write(offset, data);
+        } else if let Some(offset) = io_apic_at(gpa) {
+            self.io_apic.write(offset, data);
         } else if let Some(timer) = &self.boot_timer
             && gpa == BOOT_TIMER
             && data.first() == Some(&BOOT_COMPLETE)
@@ -91,6 +99,11 @@ impl Bus {
         let index = usize::try_from(from_start / VIRTIO_MMIO_SIZE).ok()?;
         Some((self.virtio().get(index)?.as_ref(), from_start % VIRTIO_MMIO_SIZE))
     }
+}
+
+/// The offset of `gpa` in the I/O APIC's page.
+fn io_apic_at(gpa: u64) -> Option<u64> {
+    gpa.checked_sub(IO_APIC).filter(|&offset| offset < PAGE_SIZE)
 }
 
 const COM1_LAST: u16 = serial::COM1 + serial::PORTS - 1;

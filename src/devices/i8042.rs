@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Line;
 use crate::metrics::METRICS;
 
 /// Data port.
@@ -52,16 +53,15 @@ pub struct I8042State {
 }
 
 /// The controller.
-#[derive(Debug)]
 pub struct I8042 {
-    interrupt: EventFd,
+    interrupt: Line,
     reset: EventFd,
     state: I8042State,
 }
 
 impl I8042 {
     /// A controller that interrupts through `interrupt` and asks for a reset through `reset`.
-    pub fn new(interrupt: EventFd, reset: EventFd) -> Self {
+    pub fn new(interrupt: Line, reset: EventFd) -> Self {
         // As firmware leaves it.
         let state = I8042State {
             output: VecDeque::with_capacity(CAPACITY),
@@ -85,11 +85,6 @@ impl I8042 {
         if !self.state.output.is_empty() {
             self.raise();
         }
-    }
-
-    /// The descriptor to register with KVM for [`KEYBOARD_IRQ`].
-    pub fn interrupt(&self) -> &EventFd {
-        &self.interrupt
     }
 
     /// Signalled when the guest resets the machine.
@@ -163,8 +158,7 @@ impl I8042 {
 
     fn raise(&self) {
         if self.state.config & CONFIG_KEYBOARD_INTERRUPT != 0 {
-            // A write fails only if the counter would overflow: the interrupt is pending anyway.
-            let _ = self.interrupt.write(1);
+            (self.interrupt)();
         }
     }
 
@@ -178,14 +172,17 @@ impl I8042 {
 mod tests {
     use super::*;
 
-    fn controller() -> I8042 {
+    /// A controller, and what its interrupts are counted in.
+    fn controller() -> (I8042, EventFd) {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        I8042::new(event(), event())
+        let (interrupts, reset) = (event(), event());
+        let line = interrupts.try_clone().unwrap();
+        (I8042::new(Box::new(move || line.write(1).unwrap()), reset), interrupts)
     }
 
     #[test]
     fn a_driver_reads_back_the_configuration_it_wrote() {
-        let mut i8042 = controller();
+        let (mut i8042, _) = controller();
         i8042.write(COMMAND_PORT, COMMAND_READ_CONFIG);
         assert_eq!(i8042.read(COMMAND_PORT) & STATUS_OUTPUT_FULL, STATUS_OUTPUT_FULL);
         assert_eq!(i8042.read(DATA_PORT), 0x45);
@@ -198,7 +195,7 @@ mod tests {
 
     #[test]
     fn both_ways_to_reset_reach_the_vmm() {
-        let mut i8042 = controller();
+        let (mut i8042, _) = controller();
         i8042.write(COMMAND_PORT, COMMAND_RESET_CPU);
         assert!(i8042.reset_fd().read().is_ok());
         i8042.write(COMMAND_PORT, COMMAND_WRITE_OUTPUT_PORT);
@@ -208,12 +205,12 @@ mod tests {
 
     #[test]
     fn ctrl_alt_del_is_read_key_by_key_and_refused_while_unread() {
-        let mut i8042 = controller();
+        let (mut i8042, interrupts) = controller();
         assert!(i8042.press_ctrl_alt_del() && i8042.press_ctrl_alt_del());
         assert!(!i8042.press_ctrl_alt_del(), "a guest that does not read does not grow memory");
         let mut keys = Vec::new();
         while i8042.read(COMMAND_PORT) & STATUS_OUTPUT_FULL != 0 {
-            assert!(i8042.interrupt().read().is_ok(), "an interrupt for every byte");
+            assert!(interrupts.read().is_ok(), "an interrupt for every byte");
             keys.push(i8042.read(DATA_PORT));
         }
         assert_eq!(keys, [CTRL_ALT_DEL_TRANSLATED, CTRL_ALT_DEL_TRANSLATED].concat());
@@ -221,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_wants_no_translation_gets_the_keyboards_own_codes() {
-        let mut i8042 = controller();
+        let (mut i8042, _) = controller();
         i8042.write(COMMAND_PORT, COMMAND_WRITE_CONFIG);
         i8042.write(DATA_PORT, CONFIG_KEYBOARD_INTERRUPT);
         assert!(i8042.press_ctrl_alt_del());
@@ -231,7 +228,7 @@ mod tests {
 
     #[test]
     fn garbage_neither_resets_nor_grows() {
-        let mut i8042 = controller();
+        let (mut i8042, _) = controller();
         for value in (0..=u8::MAX).filter(|v| ![COMMAND_RESET_CPU, COMMAND_WRITE_OUTPUT_PORT].contains(v)) {
             i8042.write(COMMAND_PORT, value);
             i8042.write(DATA_PORT, value);

@@ -6,5 +6,9 @@
 pub mod boot_timer;
 pub mod bus;
 pub mod i8042;
+pub mod io_apic;
 pub mod serial;
 pub mod virtio;
+
+/// Pulses a device's pin of the I/O APIC: an edge.
+pub type Line = Box<dyn Fn() + Send + Sync>;

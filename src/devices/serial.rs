@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Line;
+
 /// First port of COM1.
 pub const COM1: u16 = 0x3f8;
 /// Ports of a UART.
@@ -67,9 +69,8 @@ pub struct SerialState {
 }
 
 /// COM1.
-#[derive(Debug)]
 pub struct Serial {
-    interrupt: EventFd,
+    interrupt: Line,
     /// Signalled when the vmm thread has something to do: output to write, room for input.
     wake: EventFd,
     output: VecDeque<u8>,
@@ -83,7 +84,7 @@ pub struct Serial {
 
 impl Serial {
     /// A UART that interrupts through `interrupt` and calls the vmm thread through `wake`.
-    pub fn new(interrupt: EventFd, wake: EventFd) -> Self {
+    pub fn new(interrupt: Line, wake: EventFd) -> Self {
         let state = SerialState {
             input: VecDeque::with_capacity(INPUT_CAPACITY),
             transmitter_pending: false,
@@ -113,11 +114,6 @@ impl Serial {
         if self.state.transmitter_pending || !self.state.input.is_empty() {
             self.raise();
         }
-    }
-
-    /// The descriptor to register with KVM for [`COM1_IRQ`].
-    pub fn interrupt(&self) -> &EventFd {
-        &self.interrupt
     }
 
     /// The descriptor the event loop watches, edge-triggered.
@@ -279,8 +275,7 @@ impl Serial {
     }
 
     fn raise(&self) {
-        // A write fails only if the counter would overflow: the interrupt is pending anyway.
-        let _ = self.interrupt.write(1);
+        (self.interrupt)();
     }
 }
 
@@ -288,9 +283,12 @@ impl Serial {
 mod tests {
     use super::*;
 
-    fn serial() -> Serial {
+    /// A UART, and what its interrupts are counted in.
+    fn serial() -> (Serial, EventFd) {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        Serial::new(event(), event())
+        let (interrupts, wake) = (event(), event());
+        let line = interrupts.try_clone().unwrap();
+        (Serial::new(Box::new(move || line.write(1).unwrap()), wake), interrupts)
     }
 
     fn fired(event: &EventFd) -> bool {
@@ -299,7 +297,7 @@ mod tests {
 
     #[test]
     fn output_wakes_the_vmm_once_and_comes_out_in_order() {
-        let mut serial = serial();
+        let (mut serial, _) = serial();
         for byte in *b"hello" {
             serial.write(DATA, byte);
         }
@@ -313,9 +311,9 @@ mod tests {
 
     #[test]
     fn a_guest_that_heeds_the_line_status_loses_nothing_to_a_slow_reader() {
-        let mut serial = serial();
+        let (mut serial, interrupts) = serial();
         serial.write(IER, IER_TRANSMITTER);
-        assert!(fired(serial.interrupt()));
+        assert!(fired(&interrupts));
         let mut written = 0;
         while serial.read(LSR) & LSR_TRANSMITTER_EMPTY != 0 {
             for _ in 0..TRANSMIT_FIFO {
@@ -325,10 +323,10 @@ mod tests {
         }
         assert_eq!(serial.take_lost(), 0);
         assert_eq!(serial.read(IIR) & 0xf, IIR_TRANSMITTER);
-        while fired(serial.interrupt()) {}
+        while fired(&interrupts) {}
         let mut buffer = [0; 4096];
         let mut taken = serial.take_output(&mut buffer);
-        assert!(fired(serial.interrupt()), "room again: the transmitter interrupt tells the driver");
+        assert!(fired(&interrupts), "room again: the transmitter interrupt tells the driver");
         while let count @ 1.. = serial.take_output(&mut buffer) {
             taken += count;
         }
@@ -337,23 +335,23 @@ mod tests {
 
     #[test]
     fn a_driver_that_waited_for_a_slow_reader_goes_on_in_a_clone() {
-        let mut saved = serial();
+        let (mut saved, _) = serial();
         saved.write(IER, IER_TRANSMITTER);
         while saved.read(LSR) & LSR_TRANSMITTER_EMPTY != 0 {
             saved.write(DATA, b'x');
         }
         assert_eq!(saved.read(IIR) & 0xf, IIR_TRANSMITTER);
         assert_eq!(saved.read(IIR) & 0xf, IIR_NONE);
-        let mut clone = serial();
+        let (mut clone, interrupts) = serial();
         clone.restore(&saved.save());
-        assert!(fired(clone.interrupt()));
+        assert!(fired(&interrupts));
         assert_eq!(clone.read(IIR) & 0xf, IIR_TRANSMITTER);
         assert_ne!(clone.read(LSR) & LSR_TRANSMITTER_EMPTY, 0);
     }
 
     #[test]
     fn a_guest_that_ignores_the_line_status_is_bounded_and_its_loss_counted() {
-        let mut serial = serial();
+        let (mut serial, _) = serial();
         for _ in 0..10 * OUTPUT_CAPACITY {
             serial.write(DATA, b'x');
         }
@@ -362,13 +360,13 @@ mod tests {
 
     #[test]
     fn input_beyond_the_fifo_waits_on_the_host_until_the_guest_has_read() {
-        let mut serial = serial();
+        let (mut serial, interrupts) = serial();
         serial.write(IER, IER_RECEIVED);
         let flood = [b'a'; 1000];
         assert_eq!(serial.offer_input(&flood), INPUT_CAPACITY);
         assert_eq!(serial.offer_input(&flood), 0);
         assert!(!serial.want_input());
-        assert!(fired(serial.interrupt()));
+        assert!(fired(&interrupts));
         for _ in 0..INPUT_CAPACITY {
             assert!(!fired(serial.wake_fd()));
             assert_eq!(serial.read(IIR) & 0xf, IIR_RECEIVED);
@@ -380,32 +378,32 @@ mod tests {
 
     #[test]
     fn sixteen_bytes_cost_one_interrupt() {
-        let mut serial = serial();
+        let (mut serial, interrupts) = serial();
         serial.write(IER, IER_TRANSMITTER);
         serial.read(IIR);
-        while fired(serial.interrupt()) {}
+        while fired(&interrupts) {}
         for _ in 0..16 {
             serial.write(DATA, b'x');
         }
-        assert_eq!(serial.interrupt().read().unwrap(), 1);
+        assert_eq!(interrupts.read().unwrap(), 1);
     }
 
     #[test]
     fn a_driver_that_stopped_with_an_interrupt_pending_can_start_again() {
-        let mut serial = serial();
+        let (mut serial, interrupts) = serial();
         serial.write(IER, IER_TRANSMITTER);
         serial.read(IIR);
         serial.write(DATA, b'x');
         serial.write(IER, 0);
-        while fired(serial.interrupt()) {}
+        while fired(&interrupts) {}
         serial.write(IER, IER_TRANSMITTER);
-        assert!(fired(serial.interrupt()));
+        assert!(fired(&interrupts));
         assert_eq!(serial.read(IIR) & 0xf, IIR_TRANSMITTER);
     }
 
     #[test]
     fn a_driver_probing_the_port_finds_a_16550a() {
-        let mut serial = serial();
+        let (mut serial, _) = serial();
         serial.write(SCR, 0x55);
         assert_eq!(serial.read(SCR), 0x55);
         assert_eq!(serial.read(IIR) & IIR_FIFO, IIR_FIFO);

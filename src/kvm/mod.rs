@@ -1,9 +1,8 @@
 //! The VM and its vCPUs as KVM knows them: with `boot`, the only place that knows the architecture.
 //!
-//! The order of calls is part of the design. A memory slot registered after the interrupt
-//! controllers exist waits out a grace period of the host's kernel (milliseconds), before them it
-//! costs nothing; so [`Vm::new`] sets the TSS address and every slot first, then makes irqchip and
-//! PIT, and vCPUs come last.
+//! Only local APICs are KVM's: the I/O APIC is a device of ours, and there is no PIC and no PIT. Those are what makes a
+//! VM slow to end and a memory slot slow to add (milliseconds, for grace periods of the host's kernel). The TSS address
+//! and the slots come first all the same, then the APICs, and vCPUs last, as KVM documents it.
 
 mod vcpu;
 mod vm;

@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use io_uring::IoUring;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap,
+    kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -40,10 +40,9 @@ impl Kvm {
     /// Checks what it must be able to do, changed by `changes`.
     fn check(&self, changes: &[Capability]) -> Result<(), Error> {
         for (cap, name) in [
-            (Cap::Irqchip, "in-kernel interrupt controllers"),
-            (Cap::Pit2, "the in-kernel timer"),
+            (Cap::SplitIrqchip, "local APICs without an I/O APIC (KVM_CAP_SPLIT_IRQCHIP)"),
+            (Cap::SignalMsi, "KVM_SIGNAL_MSI"),
             (Cap::Ioeventfd, "ioeventfd"),
-            (Cap::Irqfd, "irqfd"),
             (Cap::UserMemory, "user memory regions"),
             (Cap::ReadonlyMem, "read-only memory slots"),
             (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
@@ -99,8 +98,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Gives a VM `ram` and memory it can only read, and PIC, I/O APIC, local APICs and PIT in the kernel, which has to be
-    /// able to do what `changes` say. With `log_dirty` KVM notes which pages of `ram` the guest writes.
+    /// Gives a VM `ram`, memory it can only read, and local APICs. KVM has to be able to do what `changes` say. With
+    /// `log_dirty` it notes which pages of `ram` the guest writes.
     ///
     /// # Safety
     /// What `read_only` names is mapped as long as the VM lives, and `ram` outlives the VM.
@@ -127,10 +126,9 @@ impl Vm {
             // SAFETY: the range is mapped as long as the VM lives, by this function's contract.
             unsafe { fd.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        fd.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
-        // The dummy speaker port keeps guests that beep from exiting to us.
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+        // KVM reserves no interrupt numbers for an I/O APIC: it would need to know of those that are acknowledged.
+        let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        fd.enable_cap(&split).map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
         Ok((kvm, Self { fd }))
     }
 
@@ -170,7 +168,7 @@ impl Vm {
         self.fd.get_dirty_log(index, size as usize).map_err(ioctl("KVM_GET_DIRTY_LOG"))
     }
 
-    /// Reads the state of interrupt controllers, timer and clock while no vCPU runs.
+    /// Reads the state of the clock while no vCPU runs.
     pub fn save(&self) -> Result<VmState, Error> {
         VmState::save(&self.fd)
     }
@@ -190,18 +188,10 @@ impl Vm {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(gpa), value).map_err(ioctl("KVM_IOEVENTFD"))
     }
 
-    /// Pulses I/O APIC pin `gsi`. An irqfd would do with one system call where this takes two, but
-    /// KVM delivers those of I/O APIC pins from a kernel thread, which costs more than both.
-    pub fn pulse(&self, gsi: u32) {
-        for active in [true, false] {
-            // It fails only for a pin that does not exist.
-            let _ = self.fd.set_irq_line(gsi, active);
-        }
-    }
-
-    /// A write to `event` pulses I/O APIC pin `gsi`.
-    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
-        self.fd.register_irqfd(event, gsi).map_err(ioctl("KVM_IRQFD"))
+    /// Has the local APICs take a message: an interrupt for one of them, or several.
+    pub fn signal(&self, address: u32, data: u32) {
+        // It fails only where the guest has it go to nobody.
+        let _ = self.fd.signal_msi(kvm_msi { address_lo: address, data, ..Default::default() });
     }
 }
 

@@ -270,8 +270,7 @@ mod tests {
     const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 
     fn serial() -> Mutex<Serial> {
-        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        Mutex::new(Serial::new(event(), event()))
+        Mutex::new(Serial::new(Box::new(|| ()), EventFd::new(libc::EFD_NONBLOCK).unwrap()))
     }
 
     fn console(limit: Option<&TokenBucketConfig>) -> (PipeReader, Console) {

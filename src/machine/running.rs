@@ -136,8 +136,8 @@ impl Machine {
             let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
             let window = self.windows.get(index).ok_or(Error::TooManyDevices)?;
             let line = Box::new({
-                let vm = Arc::clone(&self.vm);
-                move || vm.pulse(place.irq)
+                let io_apic = Arc::clone(&self.bus.io_apic);
+                move || io_apic.pulse(place.irq)
             });
             plugged.push(Arc::new(VirtioMmio::new(device, self.ram.memory().clone(), line, window, kick)));
         }

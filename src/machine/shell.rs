@@ -7,9 +7,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
 use crate::config::{Capability, HugePages, VmConfig};
+use crate::devices::Line;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
+use crate::devices::io_apic::IoApic;
 use crate::devices::serial::{COM1_IRQ, Serial};
 use crate::devices::virtio::{INTERRUPT_USED_BUFFER, VirtioMmio, Windows};
 use crate::kvm::x86_64::cpuid::Topology;
@@ -106,7 +108,7 @@ impl Shell {
         kvm::install_kick_handler();
         let swallowed = event(libc::EFD_NONBLOCK)?;
         let kicks = (0..devices).map(|index| wire_virtio(&vm, index, &swallowed)).collect::<Result<_, _>>()?;
-        let bus = Arc::new(wire(&vm, boot_timer)?);
+        let bus = Arc::new(wire(&vm, devices, boot_timer)?);
         let (vcpu_event, confining) = (Arc::new(event(0)?), Confining::default());
         Ok(Self { kvm, vcpu_fds, bus, vm, ram, windows, kicks, vcpu_event, confining })
     }
@@ -119,13 +121,19 @@ pub fn renew_generation_id(ram: &GuestRam) -> Result<(), Error> {
     Ok(write.map_err(|_| memory::Error::OutsideRam { gpa: VM_GENERATION_ID, len: id.len() as u64 })?)
 }
 
-/// Connects the devices that every machine has with the interrupt controllers.
-fn wire(vm: &Vm, boot_timer: Option<BootTimer>) -> Result<Bus, Error> {
-    let serial = Serial::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
-    vm.register_irqfd(serial.interrupt(), COM1_IRQ)?;
-    let i8042 = I8042::new(event(libc::EFD_NONBLOCK)?, event(libc::EFD_NONBLOCK)?);
-    vm.register_irqfd(i8042.interrupt(), KEYBOARD_IRQ)?;
-    Ok(Bus { serial: Mutex::new(serial), i8042: Mutex::new(i8042), slots: OnceLock::new(), boot_timer })
+/// The I/O APIC with the devices that every machine has, and pins for `devices` more.
+fn wire(vm: &Arc<Vm>, devices: usize, boot_timer: Option<BootTimer>) -> Result<Bus, Error> {
+    let io_apic = Arc::new(IoApic::new(memory::io_apic_pins(devices), {
+        let vm = Arc::clone(vm);
+        move |message| vm.signal(message.address, message.data)
+    }));
+    let line = |pin| -> Line {
+        let io_apic = Arc::clone(&io_apic);
+        Box::new(move || io_apic.pulse(pin))
+    };
+    let serial = Mutex::new(Serial::new(line(COM1_IRQ), event(libc::EFD_NONBLOCK)?));
+    let i8042 = Mutex::new(I8042::new(line(KEYBOARD_IRQ), event(libc::EFD_NONBLOCK)?));
+    Ok(Bus { serial, i8042, io_apic, slots: OnceLock::new(), boot_timer })
 }
 
 /// Has KVM take the writes of virtio device `index` that need no exit: those to QueueNotify, whose

@@ -40,6 +40,7 @@ use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::I8042State;
+use crate::devices::io_apic::IoApicState;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::EmptyVm;
@@ -61,6 +62,7 @@ pub struct State {
     vm: VmState,
     #[serde(deserialize_with = "at_most::<_, _, { MAX_VCPUS as usize }>")]
     vcpus: Vec<VcpuState>,
+    io_apic: IoApicState,
     serial: SerialState,
     i8042: I8042State,
     virtio: Vec<VirtioState>,
@@ -98,6 +100,7 @@ impl State {
             config: config.clone(),
             vcpus: machine.handles.iter().map(|vcpu| VcpuState::save(vcpu, &msrs)).collect::<Result<_, _>>()?,
             vm: machine.vm.save()?,
+            io_apic: machine.bus.io_apic.save(),
             serial: machine.bus.serial().save(),
             i8042: machine.bus.i8042().save(),
             virtio: machine.bus.virtio().iter().map(|device| device.save()).collect(),
@@ -115,19 +118,20 @@ impl State {
 
     /// The rest: devices, clocks, and what makes this guest another than the one that was saved. There are handles.
     fn wake(&self, machine: &Machine, realtime: bool) -> Result<(), Error> {
-        // The interrupt controllers of the VM come first: local APICs refer to them.
         machine.vm.restore(&self.vm, realtime)?;
         for (state, vcpu) in self.vcpus.iter().zip(&machine.handles) {
             state.restore_time(vcpu)?;
         }
         self.restore_devices(&machine.bus)?;
         renew_generation_id(&machine.ram)?;
-        machine.vm.pulse(VM_GENERATION_IRQ);
+        machine.bus.io_apic.pulse(VM_GENERATION_IRQ);
         Ok(())
     }
 
     fn restore_devices(&self, bus: &Bus) -> Result<(), SnapshotError> {
         same("virtio devices", self.virtio.len(), bus.virtio().len())?;
+        same("I/O APIC pins", self.io_apic.pins(), bus.io_apic.pins())?;
+        bus.io_apic.restore(&self.io_apic);
         bus.serial().restore(&self.serial);
         bus.i8042().restore(&self.i8042);
         for (index, (device, state)) in bus.virtio().iter().zip(&self.virtio).enumerate() {

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use super::Id;
 
 /// The format that this release writes, and the only one that it reads.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// No state file is as long: 32 vCPUs and 19 devices take a quarter of a megabyte.
 pub const MAX_LENGTH: u64 = 4 << 20;
 
@@ -208,9 +208,9 @@ mod tests {
     #[test]
     fn another_release_or_machine_is_named() {
         let mut file = encode([0; 16], &STATE).unwrap();
-        file[8] = 2;
-        assert!(matches!(check(&file), Err(Error::Version(2))));
         file[8] = 1;
+        assert!(matches!(check(&file), Err(Error::Version(1))));
+        file[8] = 2;
         file[10] = 2;
         assert!(matches!(check(&file), Err(Error::Architecture(2))));
         assert!(matches!(check(b"#!/bin/sh"), Err(Error::Magic)));

@@ -28,9 +28,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::state::Registers;
 use super::{
-    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Line, Progress, Source, StateError, Violation,
+    Activation, Device, INTERRUPT_CONFIG_CHANGE, Interrupt, KICK, Progress, Source, StateError, Violation,
     VirtioDevice, VirtioState, Virtqueue, Window,
 };
+use crate::devices::Line;
 use crate::memory::GuestMemory;
 use crate::warn_limited;
 

@@ -44,6 +44,8 @@ pub use state::{Position, StateError, VirtioState};
 pub use vsock::Vsock;
 pub use window::{Window, Windows};
 
+use super::Line;
+
 /// The device's side of its interrupt (virtio 1.2 §4.2.2, registers InterruptStatus and
 /// InterruptACK). Lock-free: the guest reads and acknowledges it at every interrupt, while the
 /// vmm thread may hold the device. The status lives in the window, where the guest reads it.
@@ -51,9 +53,6 @@ pub struct Interrupt {
     window: Window,
     line: Line,
 }
-
-/// Pulses a device's pin of the interrupt controller: an edge.
-pub type Line = Box<dyn Fn() + Send + Sync>;
 
 /// Bit of InterruptStatus: a buffer was used.
 pub const INTERRUPT_USED_BUFFER: u32 = 1;

@@ -6,9 +6,8 @@
 //! itself is put back apart from the rest, so that a prepared machine can wait without its clocks running.
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -44,16 +43,11 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
-/// Interrupt controllers, timer and clock.
+/// The clock.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    #[serde(deserialize_with = "at_most::<_, _, 3>")]
-    irqchips: Vec<kvm_irqchip>,
-    pit: kvm_pit_state2,
     clock: kvm_clock_data,
 }
-
-const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 impl VmState {
     /// Reads it while no vCPU runs.
@@ -61,15 +55,7 @@ impl VmState {
     /// # Errors
     /// KVM refuses.
     pub fn save(vm: &VmFd) -> Result<Self, Error> {
-        let irqchips = IRQCHIPS.map(|chip_id| {
-            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            vm.get_irqchip(&mut chip).map(|()| chip).map_err(ioctl("KVM_GET_IRQCHIP"))
-        });
-        Ok(Self {
-            irqchips: irqchips.into_iter().collect::<Result<_, _>>()?,
-            pit: vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?,
-            clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?,
-        })
+        Ok(Self { clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))? })
     }
 
     /// Puts it back. The guest's clock goes on from where it stood; with `realtime` it jumps ahead
@@ -78,16 +64,9 @@ impl VmState {
     /// # Errors
     /// KVM refuses.
     pub fn restore(&self, vm: &VmFd, realtime: bool) -> Result<(), Error> {
-        vm.set_pit2(&self.pit).map_err(ioctl("KVM_SET_PIT2"))?;
         let mut clock = self.clock;
         clock.flags &= if realtime { KVM_CLOCK_REALTIME } else { 0 };
-        vm.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))?;
-        for (chip, chip_id) in self.irqchips.iter().zip(IRQCHIPS) {
-            // The chip is named by its place: what the file says could name another kind of state.
-            let chip = kvm_irqchip { chip_id, ..*chip };
-            vm.set_irqchip(&chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
-        }
-        Ok(())
+        vm.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
     }
 }
 

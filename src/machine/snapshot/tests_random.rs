@@ -6,12 +6,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::config::*;
 use crate::devices::i8042::I8042;
+use crate::devices::io_apic::{IoApic, MAX_PINS};
 use crate::devices::serial::Serial;
 use crate::devices::virtio::net::tests::{self as net, Cable};
 use crate::devices::virtio::testing::Guest;
 use crate::devices::virtio::tests_random::{self as block, assert_recovers, descriptor, write_table};
 use crate::devices::virtio::vsock::testing::{CID, Rig};
 use crate::generated::{Change, change, changes, inputs, prop_oneof, properties};
+use crate::memory::io_apic_pins;
 
 const ID: Id = [7; 16];
 
@@ -24,8 +26,9 @@ fn of<T: serde::de::DeserializeOwned>(parts: impl Serialize) -> T {
 fn bus(guests: &[&Guest]) -> Bus {
     let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
     Bus {
-        serial: Serial::new(event(), event()).into(),
-        i8042: I8042::new(event(), event()).into(),
+        serial: Serial::new(Box::new(|| ()), event()).into(),
+        i8042: I8042::new(Box::new(|| ()), event()).into(),
+        io_apic: IoApic::new(io_apic_pins(guests.len()), |_| ()).into(),
         slots: guests.iter().map(|guest| guest.mmio.clone()).collect::<Vec<_>>().into(),
         boot_timer: None,
     }
@@ -49,6 +52,7 @@ fn state(bus: &Bus, vcpus: u8, network: bool) -> State {
         config,
         vm: of([[0; 32]; 2]),
         vcpus: (0..vcpus).map(|_| of([[0; 32]; 2])).collect(),
+        io_apic: bus.io_apic.save(),
         serial: bus.serial().save(),
         i8042: bus.i8042().save(),
         virtio: bus.virtio().iter().map(|device| device.save()).collect(),
@@ -79,9 +83,9 @@ fn open(content: &[u8]) -> Result<(Box<State>, VmConfig), Refusal> {
 fn lists_are_no_longer_than_a_machine_has_use_for() {
     // What is left out of a list's entries is zero: most of a page in memory for a byte of the file.
     let can_be = |of: fn(&[u8]) -> bool, length: u16| of(&postcard::to_allocvec(&(length, [[0_u8; 30]; 10])).unwrap());
-    let chips = |bytes: &[u8]| postcard::from_bytes::<VmState>(bytes).is_ok();
+    let pins = |count: u8| postcard::from_bytes::<IoApicState>(&[&[0, 0, count][..], &[0; 32]].concat()).is_ok();
     let cpuid = |bytes: &[u8]| postcard::from_bytes::<VcpuState>(bytes).is_ok();
-    assert_eq!((can_be(chips, 3), can_be(chips, 4)), (true, false));
+    assert_eq!((pins(MAX_PINS as u8), pins(MAX_PINS as u8 + 1)), (true, false));
     assert_eq!((can_be(cpuid, 256), can_be(cpuid, 257)), (true, false));
     let vcpus = |count| format::decode::<State>(&forged(&state(&bus(&[]), count, false), true, &[])).is_ok();
     assert_eq!((vcpus(MAX_VCPUS), vcpus(MAX_VCPUS + 1)), (true, false));

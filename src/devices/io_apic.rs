@@ -1,0 +1,341 @@
+//! The I/O APIC (Intel 82093AA data sheet): which interrupt a device's pin stands for, and on which vCPU.
+//!
+//! Its registers are here and the local APICs in KVM, which takes an interrupt as the message that the I/O APIC would put
+//! on the bus: one system call. KVM's own I/O APIC comes with a PIC, a PIT and its kernel thread, which no guest of this
+//! machine has a use for, takes two calls for an edge, and lets whoever ends a VM wait for several grace periods.
+//!
+//! Every interrupt of the platform is an edge: a device pulses its pin, and nobody acknowledges. So there is no state but
+//! what the guest has written, and which pins were pulsed while they were masked: those are served when they no longer are.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::at_most;
+
+/// Most pins.
+pub const MAX_PINS: usize = 24;
+/// Of a discrete I/O APIC without an EOI register.
+pub const VERSION: u8 = 0x11;
+
+/// Offsets of the two registers that are mapped (§3.1).
+const SELECT: u64 = 0x00;
+const WINDOW: u64 = 0x10;
+
+/// Registers behind them (§3.2).
+const REGISTER_ID: u8 = 0;
+const REGISTER_VERSION: u8 = 1;
+const REGISTER_ARBITRATION: u8 = 2;
+const REGISTER_ENTRIES: u8 = 0x10;
+
+/// Fields of an entry (§3.2.4). Delivery status and remote IRR, which only the chip writes, are always 0.
+const ENTRY_VECTOR: u64 = 0xff;
+const ENTRY_DELIVERY_SHIFT: u32 = 8;
+const ENTRY_LOGICAL: u64 = 1 << 11;
+const ENTRY_MASKED: u64 = 1 << 16;
+const ENTRY_DESTINATION_SHIFT: u32 = 56;
+const ENTRY_WRITABLE: u64 = 0xff00_0000_0001_afff;
+
+const DELIVERY_MASK: u64 = 7;
+/// Delivery modes that make sense for a device: fixed, lowest priority, NMI.
+const DELIVERED: [u64; 3] = [0, 1, 4];
+
+/// An interrupt as local APICs get it (Intel SDM volume 3, "Message Signalled Interrupts").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message {
+    /// Which of them it is for.
+    pub address: u32,
+    /// Vector and delivery mode.
+    pub data: u32,
+}
+
+const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
+const MESSAGE_DESTINATION_SHIFT: u32 = 12;
+const MESSAGE_LOGICAL: u32 = 1 << 2;
+
+/// What the guest has written, and what it has not heard of yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoApicState {
+    id: u8,
+    select: u8,
+    #[serde(deserialize_with = "at_most::<_, _, MAX_PINS>")]
+    entries: Vec<u64>,
+    held_back: u32,
+}
+
+impl IoApicState {
+    /// How many pins there are.
+    pub fn pins(&self) -> usize {
+        self.entries.len()
+    }
+}
+
+/// See the module. Lock-free: the vmm thread pulses pins while vCPUs write registers.
+pub struct IoApic {
+    send: Box<dyn Fn(Message) + Send + Sync>,
+    id: AtomicU8,
+    select: AtomicU8,
+    entries: Vec<AtomicU64>,
+    /// Pins that were pulsed while they were masked, a bit each.
+    held_back: AtomicU32,
+}
+
+impl IoApic {
+    /// With `pins` pins, at most [`MAX_PINS`]; what they deliver goes to `send`.
+    pub fn new(pins: usize, send: impl Fn(Message) + Send + Sync + 'static) -> Self {
+        Self {
+            send: Box::new(send),
+            id: AtomicU8::new(0),
+            select: AtomicU8::new(0),
+            entries: (0..pins.min(MAX_PINS)).map(|_| AtomicU64::new(ENTRY_MASKED)).collect(),
+            held_back: AtomicU32::new(0),
+        }
+    }
+
+    /// An edge at `pin`.
+    pub fn pulse(&self, pin: u32) {
+        let Some(entry) = self.entries.get(pin as usize) else { return };
+        let value = entry.load(Ordering::SeqCst);
+        if value & ENTRY_MASKED == 0 {
+            return self.deliver(value);
+        }
+        // Whoever unmasks the pin looks for its bit afterwards: one of the two sees what the other did.
+        self.held_back.fetch_or(1 << pin, Ordering::SeqCst);
+        self.serve(pin, entry.load(Ordering::SeqCst));
+    }
+
+    /// Delivers what was held back at `pin`, whose entry is `value` now.
+    fn serve(&self, pin: u32, value: u64) {
+        if value & ENTRY_MASKED == 0 && self.held_back.fetch_and(!(1 << pin), Ordering::SeqCst) & 1 << pin != 0 {
+            self.deliver(value);
+        }
+    }
+
+    fn deliver(&self, entry: u64) {
+        let mode = entry >> ENTRY_DELIVERY_SHIFT & DELIVERY_MASK;
+        if DELIVERED.contains(&mode) {
+            let destination = (entry >> ENTRY_DESTINATION_SHIFT) as u32;
+            let logical = if entry & ENTRY_LOGICAL == 0 { 0 } else { MESSAGE_LOGICAL };
+            (self.send)(Message {
+                address: MESSAGE_ADDRESS | destination << MESSAGE_DESTINATION_SHIFT | logical,
+                data: (entry & (ENTRY_VECTOR | DELIVERY_MASK << ENTRY_DELIVERY_SHIFT)) as u32,
+            });
+        }
+    }
+
+    /// The guest loads from `offset`.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = match offset {
+            SELECT => self.select.load(Ordering::Relaxed).into(),
+            WINDOW => self.register(self.select.load(Ordering::Relaxed)),
+            _ => 0,
+        };
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(value.to_le_bytes()) {
+            *to = from;
+        }
+    }
+
+    /// The guest stores to `offset`.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let mut bytes = [0; 4];
+        for (to, from) in bytes.iter_mut().zip(data) {
+            *to = *from;
+        }
+        let value = u32::from_le_bytes(bytes);
+        match offset {
+            SELECT => self.select.store(value as u8, Ordering::Relaxed),
+            WINDOW => self.set_register(self.select.load(Ordering::Relaxed), value),
+            _ => {}
+        }
+    }
+
+    /// The entry that `register` is half of, its pin, and how far to the left that half is.
+    fn entry(&self, register: u8) -> Option<(&AtomicU64, u32, u32)> {
+        let half = register.checked_sub(REGISTER_ENTRIES)?;
+        let pin = half / 2;
+        Some((self.entries.get(usize::from(pin))?, pin.into(), if half & 1 == 0 { 0 } else { 32 }))
+    }
+
+    fn register(&self, register: u8) -> u32 {
+        match register {
+            REGISTER_ID | REGISTER_ARBITRATION => u32::from(self.id.load(Ordering::Relaxed)) << 24,
+            REGISTER_VERSION => u32::from(VERSION) | (self.entries.len().saturating_sub(1) as u32) << 16,
+            _ => self.entry(register).map_or(0, |(entry, _, shift)| (entry.load(Ordering::SeqCst) >> shift) as u32),
+        }
+    }
+
+    fn set_register(&self, register: u8, value: u32) {
+        if register == REGISTER_ID {
+            return self.id.store((value >> 24) as u8 & 0xf, Ordering::Relaxed);
+        }
+        let Some((entry, pin, shift)) = self.entry(register) else { return };
+        let written = |old| (old & !(0xffff_ffff << shift) | u64::from(value) << shift) & ENTRY_WRITABLE;
+        let old = entry.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| Some(written(old)));
+        self.serve(pin, written(old.unwrap_or_else(|old| old)));
+    }
+
+    /// How many pins there are.
+    pub fn pins(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Its state.
+    pub fn save(&self) -> IoApicState {
+        IoApicState {
+            id: self.id.load(Ordering::Relaxed),
+            select: self.select.load(Ordering::Relaxed),
+            entries: self.entries.iter().map(|entry| entry.load(Ordering::SeqCst)).collect(),
+            held_back: self.held_back.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Takes a state on, of an I/O APIC with as many pins.
+    pub fn restore(&self, state: &IoApicState) {
+        self.id.store(state.id & 0xf, Ordering::Relaxed);
+        self.select.store(state.select, Ordering::Relaxed);
+        self.held_back.store(state.held_back, Ordering::SeqCst);
+        for (entry, value) in self.entries.iter().zip(&state.entries) {
+            entry.store(value & ENTRY_WRITABLE, Ordering::SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+
+    use super::*;
+
+    /// An I/O APIC, and what it has sent.
+    fn io_apic(pins: usize) -> (Arc<IoApic>, Arc<Mutex<Vec<Message>>>) {
+        let sent = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&sent);
+        (Arc::new(IoApic::new(pins, move |message| log.lock().unwrap().push(message))), sent)
+    }
+
+    fn taken(sent: &Mutex<Vec<Message>>) -> Vec<Message> {
+        std::mem::take(&mut sent.lock().unwrap())
+    }
+
+    fn read(chip: &IoApic, register: u8) -> u32 {
+        chip.write(SELECT, &u32::from(register).to_le_bytes());
+        let mut data = [0xaa; 4];
+        chip.read(WINDOW, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(chip: &IoApic, register: u8, value: u32) {
+        chip.write(SELECT, &[register]);
+        chip.write(WINDOW, &value.to_le_bytes());
+    }
+
+    /// As Linux does it: the half with the mask comes last.
+    fn route(chip: &IoApic, pin: u8, destination: u32, low: u32) {
+        write(chip, REGISTER_ENTRIES + 2 * pin + 1, destination << 24);
+        write(chip, REGISTER_ENTRIES + 2 * pin, low);
+    }
+
+    #[test]
+    fn a_driver_finds_as_many_pins_as_there_are_and_routes_one() {
+        let (chip, sent) = io_apic(8);
+        assert_eq!(read(&chip, REGISTER_VERSION), 0x0007_0011);
+        assert_eq!(read(&chip, REGISTER_ENTRIES + 2 * 7), 1 << 16, "masked");
+        assert_eq!(read(&chip, REGISTER_ENTRIES + 2 * 8), 0, "none");
+        route(&chip, 5, 3, 0x22);
+        chip.pulse(5);
+        assert_eq!(taken(&sent), [Message { address: 0xfee0_3000, data: 0x22 }]);
+        // Logical destination, lowest priority.
+        route(&chip, 5, 0xff, 0x933);
+        chip.pulse(5);
+        assert_eq!(taken(&sent), [Message { address: 0xfeef_f004, data: 0x133 }]);
+        write(&chip, REGISTER_ID, u32::MAX);
+        assert_eq!((read(&chip, REGISTER_ID), read(&chip, REGISTER_ARBITRATION)), (0xf00_0000, 0xf00_0000));
+    }
+
+    #[test]
+    fn what_only_the_chip_writes_stays_as_it_is() {
+        let (chip, _) = io_apic(1);
+        write(&chip, REGISTER_ENTRIES, u32::MAX);
+        write(&chip, REGISTER_ENTRIES + 1, u32::MAX);
+        assert_eq!(read(&chip, REGISTER_ENTRIES), 0x1_afff, "neither delivery status nor remote IRR");
+        assert_eq!(read(&chip, REGISTER_ENTRIES + 1), 0xff00_0000);
+        write(&chip, REGISTER_VERSION, 0);
+        assert_eq!(read(&chip, REGISTER_VERSION), 0x11);
+    }
+
+    #[test]
+    fn an_edge_at_a_masked_pin_waits_until_it_is_unmasked_and_comes_once() {
+        let (chip, sent) = io_apic(8);
+        chip.pulse(7);
+        chip.pulse(7);
+        route(&chip, 7, 0, 0x1_0044);
+        assert_eq!(taken(&sent), []);
+        route(&chip, 7, 0, 0x44);
+        assert_eq!(taken(&sent), [Message { address: 0xfee0_0000, data: 0x44 }]);
+        route(&chip, 7, 0, 0x1_0044);
+        route(&chip, 7, 0, 0x44);
+        assert_eq!(taken(&sent), []);
+    }
+
+    #[test]
+    fn modes_that_no_device_has_and_pins_that_do_not_exist_deliver_nothing() {
+        let (chip, sent) = io_apic(8);
+        // SMI, reserved, INIT, start-up, ExtINT.
+        for mode in [2, 3, 5, 6, 7] {
+            route(&chip, 1, 0, mode << 8 | 0x44);
+            chip.pulse(1);
+        }
+        for pin in [8, 24, 31, u32::MAX] {
+            chip.pulse(pin);
+        }
+        assert_eq!(taken(&sent), []);
+    }
+
+    #[test]
+    fn what_was_saved_goes_on_elsewhere() {
+        let (chip, _) = io_apic(8);
+        route(&chip, 5, 1, 0x55);
+        chip.pulse(6);
+        let (clone, sent) = io_apic(8);
+        clone.restore(&chip.save());
+        assert_eq!(clone.save(), chip.save());
+        clone.pulse(5);
+        route(&clone, 6, 0, 0x66);
+        let expected = [Message { address: 0xfee0_1000, data: 0x55 }, Message { address: 0xfee0_0000, data: 0x66 }];
+        assert_eq!(taken(&sent), expected);
+    }
+
+    #[test]
+    fn accesses_of_any_width_anywhere_are_harmless() {
+        let (chip, _) = io_apic(MAX_PINS);
+        for offset in 0..0x100 {
+            for width in [1, 2, 4, 8] {
+                chip.write(offset, &[0xff; 8][..width]);
+                chip.read(offset, &mut [0; 8][..width]);
+            }
+        }
+        for register in 0..=u8::MAX {
+            write(&chip, register, 0);
+            read(&chip, register);
+        }
+    }
+
+    /// The vmm thread pulses while a vCPU masks and unmasks: no edge is lost.
+    #[test]
+    fn an_edge_meets_the_mask_and_is_not_lost() {
+        const ROUNDS: usize = 2000;
+        let (chip, sent) = io_apic(1);
+        for _ in 0..ROUNDS {
+            route(&chip, 0, 0, 0x1_0044);
+            let device = thread::spawn({
+                let chip = Arc::clone(&chip);
+                move || chip.pulse(0)
+            });
+            route(&chip, 0, 0, 0x44);
+            device.join().unwrap();
+            assert_eq!(taken(&sent).len(), 1);
+        }
+    }
+}
