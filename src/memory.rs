@@ -24,7 +24,6 @@ use vm_memory::{
 };
 
 use crate::config::{FIRST_IRQ, HugePages, MAX_VIRTIO_DEVICES};
-use crate::devices::io_apic::MAX_PINS;
 use crate::os::{checked, retried};
 
 /// All of guest RAM; cheap to clone.
@@ -56,6 +55,10 @@ pub const VIRTIO_MMIO_START: u64 = MMIO_GAP_START + VIRTIO_MMIO_SIZE;
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// Registers of the I/O APIC.
 pub const IO_APIC: u64 = 0xFEC0_0000;
+/// Its version: a discrete one without an EOI register.
+pub const IO_APIC_VERSION: u8 = 0x11;
+/// Most pins of it.
+pub const MAX_IO_APIC_PINS: usize = 24;
 /// Registers of each vCPU's local APIC.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 /// One page for `KVM_SET_IDENTITY_MAP_ADDR`.
@@ -93,7 +96,7 @@ impl MmioDevice {
 pub const fn io_apic_pins(devices: usize) -> usize {
     FIRST_IRQ as usize + devices
 }
-const _: () = assert!(io_apic_pins(MAX_VIRTIO_DEVICES) <= MAX_PINS);
+const _: () = assert!(io_apic_pins(MAX_VIRTIO_DEVICES) <= MAX_IO_APIC_PINS);
 
 /// Why guest RAM could not be made or filled.
 #[derive(Debug, thiserror::Error)]

@@ -4,8 +4,7 @@ use vm_memory::GuestMemoryError;
 
 use super::{EBDA, EBDA_END, put};
 use crate::config::MAX_VCPUS;
-use crate::devices::io_apic::{MAX_PINS, VERSION};
-use crate::memory::{GuestMemory, IO_APIC, LOCAL_APIC};
+use crate::memory::{GuestMemory, IO_APIC, IO_APIC_VERSION, LOCAL_APIC, MAX_IO_APIC_PINS};
 
 const SPECIFICATION_1_4: u8 = 4;
 const FLOATING_POINTER_LEN: usize = 16;
@@ -35,10 +34,10 @@ const ALL_LOCAL_APICS: u8 = 0xFF;
 const fn len(vcpus: usize, pins: usize) -> usize {
     FLOATING_POINTER_LEN + HEADER_LEN + 20 * vcpus + 8 * (1 + 1 + pins + 2)
 }
-const _: () = assert!(EBDA + len(MAX_VCPUS as usize, MAX_PINS) as u64 <= EBDA_END);
+const _: () = assert!(EBDA + len(MAX_VCPUS as usize, MAX_IO_APIC_PINS) as u64 <= EBDA_END);
 
 /// Writes the floating pointer and the configuration table at [`EBDA`], for `vcpus` vCPUs whose
-/// local APIC ids count from 0, and an I/O APIC with `pins` pins, at most [`MAX_PINS`].
+/// local APIC ids count from 0, and an I/O APIC with `pins` pins, at most [`MAX_IO_APIC_PINS`].
 ///
 /// # Errors
 /// More than [`MAX_VCPUS`], or RAM ends before the table does.
@@ -62,7 +61,7 @@ fn configuration_table(vcpus: u8, pins: usize) -> Vec<u8> {
     }
     entries.push([&[BUS, 0], &b"ISA   "[..]].concat());
     let address = (IO_APIC as u32).to_le_bytes();
-    entries.push([&[IO_APIC_ENTRY, io_apic, VERSION, ENABLED], &address[..]].concat());
+    entries.push([&[IO_APIC_ENTRY, io_apic, IO_APIC_VERSION, ENABLED], &address[..]].concat());
     // Flags 0: polarity and trigger conform to the bus, which for ISA is active high and edge.
     entries.extend((0..pins as u8).map(|pin| vec![IO_INTERRUPT, INT, 0, 0, 0, pin, io_apic, pin]));
     entries.push(vec![LOCAL_INTERRUPT, EXT_INT, 0, 0, 0, 0, 0, 0]);
@@ -111,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_guest_finds_every_vcpu_and_pin() {
-        for (vcpus, count) in [(1u8, 5), (2, 8), (32, MAX_PINS)] {
+        for (vcpus, count) in [(1u8, 5), (2, 8), (32, MAX_IO_APIC_PINS)] {
             let bytes = table(vcpus, count);
             assert_eq!((&bytes[..4], sum(&bytes[..16])), (&b"_MP_"[..], 0));
             assert_eq!(bytes[4..8], (EBDA as u32 + 16).to_le_bytes());
@@ -143,8 +142,8 @@ mod tests {
     #[test]
     fn more_vcpus_than_fit_are_refused() {
         let ram = GuestRam::new(MIB, HugePages::None).unwrap();
-        assert!(write(ram.memory(), u8::MAX, MAX_PINS).is_err());
+        assert!(write(ram.memory(), u8::MAX, MAX_IO_APIC_PINS).is_err());
         let small = GuestRam::new(4096, HugePages::None).unwrap();
-        assert!(write(small.memory(), 1, MAX_PINS).is_err());
+        assert!(write(small.memory(), 1, MAX_IO_APIC_PINS).is_err());
     }
 }

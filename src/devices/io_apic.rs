@@ -12,11 +12,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::config::at_most;
-
-/// Most pins.
-pub const MAX_PINS: usize = 24;
-/// Of a discrete I/O APIC without an EOI register.
-pub const VERSION: u8 = 0x11;
+use crate::memory::{IO_APIC_VERSION, MAX_IO_APIC_PINS};
 
 /// Offsets of the two registers that are mapped (§3.1).
 const SELECT: u64 = 0x00;
@@ -58,7 +54,7 @@ const MESSAGE_LOGICAL: u32 = 1 << 2;
 pub struct IoApicState {
     id: u8,
     select: u8,
-    #[serde(deserialize_with = "at_most::<_, _, MAX_PINS>")]
+    #[serde(deserialize_with = "at_most::<_, _, MAX_IO_APIC_PINS>")]
     entries: Vec<u64>,
     held_back: u32,
 }
@@ -81,13 +77,13 @@ pub struct IoApic {
 }
 
 impl IoApic {
-    /// With `pins` pins, at most [`MAX_PINS`]; what they deliver goes to `send`.
+    /// With `pins` pins, at most [`MAX_IO_APIC_PINS`]; what they deliver goes to `send`.
     pub fn new(pins: usize, send: impl Fn(Message) + Send + Sync + 'static) -> Self {
         Self {
             send: Box::new(send),
             id: AtomicU8::new(0),
             select: AtomicU8::new(0),
-            entries: (0..pins.min(MAX_PINS)).map(|_| AtomicU64::new(ENTRY_MASKED)).collect(),
+            entries: (0..pins.min(MAX_IO_APIC_PINS)).map(|_| AtomicU64::new(ENTRY_MASKED)).collect(),
             held_back: AtomicU32::new(0),
         }
     }
@@ -160,7 +156,7 @@ impl IoApic {
     fn register(&self, register: u8) -> u32 {
         match register {
             REGISTER_ID | REGISTER_ARBITRATION => u32::from(self.id.load(Ordering::Relaxed)) << 24,
-            REGISTER_VERSION => u32::from(VERSION) | (self.entries.len().saturating_sub(1) as u32) << 16,
+            REGISTER_VERSION => u32::from(IO_APIC_VERSION) | (self.entries.len().saturating_sub(1) as u32) << 16,
             _ => self.entry(register).map_or(0, |(entry, _, shift)| (entry.load(Ordering::SeqCst) >> shift) as u32),
         }
     }
@@ -309,7 +305,7 @@ mod tests {
 
     #[test]
     fn accesses_of_any_width_anywhere_are_harmless() {
-        let (chip, _) = io_apic(MAX_PINS);
+        let (chip, _) = io_apic(MAX_IO_APIC_PINS);
         for offset in 0..0x100 {
             for width in [1, 2, 4, 8] {
                 chip.write(offset, &[0xff; 8][..width]);

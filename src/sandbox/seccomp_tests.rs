@@ -193,6 +193,19 @@ fn what_is_built_in_decides_as_seccompiler_would() {
     }
 }
 
+/// Threads that meet at a lock, be it of a channel's end that both drop, depend on each other's luck.
+#[test]
+fn every_thread_may_wait_for_a_lock_and_wake_who_waits() {
+    const X86_64: u32 = 0xc000_003e;
+    for kind in ThreadKind::ALL {
+        for operation in [libc::FUTEX_WAIT_BITSET, libc::FUTEX_WAKE, libc::FUTEX_WAIT] {
+            let arguments = [0, (operation | libc::FUTEX_PRIVATE_FLAG) as u64, 0, 0, 0, 0];
+            let decided = evaluate(Filters::BuiltIn.program(kind), libc::SYS_futex as u32, X86_64, arguments);
+            assert_eq!(decided, 0x7fff_0000, "{kind:?}: {operation}");
+        }
+    }
+}
+
 #[test]
 fn a_file_that_is_none_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -6,14 +6,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::config::*;
 use crate::devices::i8042::I8042;
-use crate::devices::io_apic::{IoApic, MAX_PINS};
+use crate::devices::io_apic::IoApic;
 use crate::devices::serial::Serial;
 use crate::devices::virtio::net::tests::{self as net, Cable};
 use crate::devices::virtio::testing::Guest;
 use crate::devices::virtio::tests_random::{self as block, assert_recovers, descriptor, write_table};
 use crate::devices::virtio::vsock::testing::{CID, Rig};
 use crate::generated::{Change, change, changes, inputs, prop_oneof, properties};
-use crate::memory::io_apic_pins;
+use crate::memory::{MAX_IO_APIC_PINS, io_apic_pins};
 
 const ID: Id = [7; 16];
 
@@ -85,7 +85,7 @@ fn lists_are_no_longer_than_a_machine_has_use_for() {
     let can_be = |of: fn(&[u8]) -> bool, length: u16| of(&postcard::to_allocvec(&(length, [[0_u8; 30]; 10])).unwrap());
     let pins = |count: u8| postcard::from_bytes::<IoApicState>(&[&[0, 0, count][..], &[0; 32]].concat()).is_ok();
     let cpuid = |bytes: &[u8]| postcard::from_bytes::<VcpuState>(bytes).is_ok();
-    assert_eq!((pins(MAX_PINS as u8), pins(MAX_PINS as u8 + 1)), (true, false));
+    assert_eq!((pins(MAX_IO_APIC_PINS as u8), pins(MAX_IO_APIC_PINS as u8 + 1)), (true, false));
     assert_eq!((can_be(cpuid, 256), can_be(cpuid, 257)), (true, false));
     let vcpus = |count| format::decode::<State>(&forged(&state(&bus(&[]), count, false), true, &[])).is_ok();
     assert_eq!((vcpus(MAX_VCPUS), vcpus(MAX_VCPUS + 1)), (true, false));
