@@ -1,12 +1,14 @@
 //! What a fuzzer calls: the properties that `tools/fuzz` lists, by its names for them.
 
-use crate::{api, boot, devices::virtio, machine, mmds, snapshot};
+use crate::devices::{self, virtio};
+use crate::{api, boot, machine, mmds, snapshot};
 
 /// A property, which panics where it does not hold for the inputs that the bytes stand for.
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 12] = [
+const TARGETS: [(&str, Target); 13] = [
     ("mmio", virtio::tests_random::registers_and_descriptors_at_random_break_nothing),
+    ("ioapic", devices::io_apic::tests::registers_at_random_only_interrupt),
     ("block", virtio::tests_random::requests_at_random_break_nothing),
     ("queue", virtio::tests_random::buffers_lie_in_guest_ram),
     ("net", virtio::net::tests::random::no_random_sequence_of_buffers_and_frames_breaks_the_network),
