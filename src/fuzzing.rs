@@ -6,10 +6,11 @@ use crate::{api, boot, machine, mmds, snapshot};
 /// A property, which panics where it does not hold for the inputs that the bytes stand for.
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 13] = [
+const TARGETS: [(&str, Target); 14] = [
     ("mmio", virtio::tests_random::registers_and_descriptors_at_random_break_nothing),
     ("ioapic", devices::io_apic::tests::registers_at_random_only_interrupt),
     ("block", virtio::tests_random::requests_at_random_break_nothing),
+    ("layer", virtio::block::tests_random::forged_layers_show_the_drive_and_nothing_else),
     ("queue", virtio::tests_random::buffers_lie_in_guest_ram),
     ("net", virtio::net::tests::random::no_random_sequence_of_buffers_and_frames_breaks_the_network),
     ("vsock", virtio::vsock::tests_random::no_random_sequence_of_packets_and_peers_breaks_the_vsock),

@@ -27,6 +27,8 @@ use self::engine::Engine;
 pub use self::layer::{LayerError, LayerId};
 use self::overlay::Overlay;
 pub use self::overlay::OverlayFiles;
+#[cfg(fuzzing)]
+pub(crate) use self::overlay::tests_random;
 use self::request::{
     Kind as RequestKind, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, Request,
     Rules, Status, Step,

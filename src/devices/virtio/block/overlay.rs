@@ -211,3 +211,69 @@ fn write_sparsely(layer: &Layer, offset: u64, data: &[u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tests_random {
+    use proptest::prelude::*;
+
+    use super::super::bitmap::CHUNK_BYTES;
+    use super::*;
+    use crate::generated::{Change, change, changes, inputs, properties};
+
+    const ID: LayerId = [7; 16];
+    /// Not a whole number of words of the bitmap.
+    const SECTORS: u64 = 200;
+    const HEADER: u64 = 4096;
+
+    /// A layer with a few sectors whose header and bitmap were changed.
+    fn forged(id: LayerId, header: &[Change], bitmap: &[Change], length: Option<u64>) -> File {
+        let mut layer = Layer::create(tempfile::tempfile().unwrap(), SECTORS, id).unwrap();
+        for (start, count) in [(0, 1), (60, 10), (SECTORS - 1, 1)] {
+            layer.sectors.set(start, count);
+        }
+        layer.write_bitmap(&layer.sectors).unwrap();
+        for (at, size, changes) in [(0, 40, header), (HEADER, SECTORS.div_ceil(8) + 8, bitmap)] {
+            let mut bytes = vec![0; size as usize];
+            layer.file.read_exact_at(&mut bytes, at).unwrap();
+            change(&mut bytes, changes);
+            bytes.truncate(if at == 0 { HEADER } else { CHUNK_BYTES } as usize);
+            layer.file.write_all_at(&bytes, at).unwrap();
+        }
+        length.into_iter().for_each(|length| layer.file.set_len(length).unwrap());
+        layer.file
+    }
+
+    properties! {
+        #![proptest_config(inputs(100))]
+
+        /// It is refused, or every byte of the drive is in one of the files, at a place that belongs to the drive.
+        #[test]
+        fn forged_layers_show_the_drive_and_nothing_else(
+            (upper_header, upper_bitmap, lower_header, lower_bitmap) in (changes(), changes(), changes(), changes()),
+            length in prop::option::weighted(0.2, 0..120_000u64),
+            intact in prop::bool::weighted(0.8),
+        ) {
+            let header = |changes: Vec<Change>| if intact { Vec::new() } else { changes };
+            let upper = forged(LayerId::default(), &header(upper_header), &upper_bitmap, length);
+            let lower = forged(ID, &header(lower_header), &lower_bitmap, length);
+            let lasting = Some(tempfile::tempfile().unwrap());
+            let Ok(overlay) = Overlay::new(OverlayFiles { upper, lasting, fresh: false, lower: Some((lower, ID)) }, SECTORS)
+            else {
+                return Ok(());
+            };
+            let (mut at, end) = (0, SECTORS * SECTOR_SIZE);
+            while at < end {
+                let (place, from, length) = overlay.find(at, end - at);
+                prop_assert!(length > 0 && length.is_multiple_of(SECTOR_SIZE) && length <= end - at, "{length} at {at}");
+                let start = if place == Place::Base { 0 } else { HEADER + CHUNK_BYTES };
+                prop_assert_eq!(from, start + at);
+                at += length;
+            }
+            // What it has is read back, or cannot be read; it fits in a file that has the drive's size.
+            let copy = tempfile::tempfile().unwrap();
+            if overlay.copy_to(&copy, ID).is_ok() {
+                prop_assert_eq!(copy.metadata().unwrap().len(), HEADER + CHUNK_BYTES + end);
+            }
+        }
+    }
+}
