@@ -5,13 +5,12 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use io_uring::IoUring;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap,
-    kvm_msi, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::x86_64::state::VmState;
 use super::{Error, ioctl};
 use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
@@ -133,7 +132,7 @@ impl Vm {
     }
 
     /// A ring that holds the VM's file and can do nothing else: it is never enabled. The kernel takes a
-    /// VM apart when the last reference to its file goes, and waits out several grace periods for it (25 ms
+    /// VM apart when the last reference to its file goes, and waits out several grace periods for it (11 ms
     /// measured), which otherwise whoever waits for this process waits out as well; a ring's references
     /// are given up on a kernel thread.
     ///
@@ -168,14 +167,16 @@ impl Vm {
         self.fd.get_dirty_log(index, size as usize).map_err(ioctl("KVM_GET_DIRTY_LOG"))
     }
 
-    /// Reads the state of the clock while no vCPU runs.
-    pub fn save(&self) -> Result<VmState, Error> {
-        VmState::save(&self.fd)
+    /// Reads the guest's clock while no vCPU runs.
+    pub fn clock(&self) -> Result<kvm_clock_data, Error> {
+        self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))
     }
 
-    /// Puts such a state back; see [`VmState::restore`].
-    pub fn restore(&self, state: &VmState, realtime: bool) -> Result<(), Error> {
-        state.restore(&self.fd, realtime)
+    /// Has the guest's clock go on from where it stood; with `realtime` it jumps ahead by the time that went by outside,
+    /// if the host that saved it knew the time of day.
+    pub fn set_clock(&self, mut clock: kvm_clock_data, realtime: bool) -> Result<(), Error> {
+        clock.flags &= if realtime { KVM_CLOCK_REALTIME } else { 0 };
+        self.fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
     }
 
     /// A guest write of any width and value at `gpa` signals `event`, without an exit to us.

@@ -18,6 +18,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +45,7 @@ use crate::devices::io_apic::IoApicState;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::VirtioState;
 use crate::kvm::EmptyVm;
-use crate::kvm::x86_64::state::{VcpuState, VmState, host_cpu};
+use crate::kvm::x86_64::state::{VcpuState, host_cpu};
 use crate::memory::{MIB, VM_GENERATION_IRQ};
 use crate::sandbox::Sandbox;
 use crate::snapshot::memory;
@@ -59,7 +60,7 @@ pub struct State {
     /// Where the memory file was written.
     mem_file_path: PathBuf,
     config: VmConfig,
-    vm: VmState,
+    clock: kvm_clock_data,
     #[serde(deserialize_with = "at_most::<_, _, { MAX_VCPUS as usize }>")]
     vcpus: Vec<VcpuState>,
     io_apic: IoApicState,
@@ -99,7 +100,7 @@ impl State {
             mem_file_path: std::path::absolute(mem_file_path).unwrap_or_else(|_| mem_file_path.to_owned()),
             config: config.clone(),
             vcpus: machine.handles.iter().map(|vcpu| VcpuState::save(vcpu, &msrs)).collect::<Result<_, _>>()?,
-            vm: machine.vm.save()?,
+            clock: machine.vm.clock()?,
             io_apic: machine.bus.io_apic.save(),
             serial: machine.bus.serial().save(),
             i8042: machine.bus.i8042().save(),
@@ -118,7 +119,7 @@ impl State {
 
     /// The rest: devices, clocks, and what makes this guest another than the one that was saved. There are handles.
     fn wake(&self, machine: &Machine, realtime: bool) -> Result<(), Error> {
-        machine.vm.restore(&self.vm, realtime)?;
+        machine.vm.set_clock(self.clock, realtime)?;
         for (state, vcpu) in self.vcpus.iter().zip(&machine.handles) {
             state.restore_time(vcpu)?;
         }

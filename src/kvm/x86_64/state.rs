@@ -1,4 +1,4 @@
-//! What KVM holds of a VM and of its vCPUs: taken out for a snapshot, put back by a load.
+//! What KVM holds of vCPUs: taken out for a snapshot, put back by a load.
 //!
 //! The order of putting back is KVM's: CPUID decides which MSRs there are; the local APIC must be in
 //! its timer mode before a deadline means something, and the TSC must run before a deadline is
@@ -6,10 +6,10 @@
 //! itself is put back apart from the rest, so that a prepared machine can wait without its clocks running.
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 use crate::config::at_most;
@@ -41,33 +41,6 @@ pub struct VcpuState {
     lapic: Box<kvm_lapic_state>,
     events: kvm_vcpu_events,
     tsc_khz: u32,
-}
-
-/// The clock.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct VmState {
-    clock: kvm_clock_data,
-}
-
-impl VmState {
-    /// Reads it while no vCPU runs.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub fn save(vm: &VmFd) -> Result<Self, Error> {
-        Ok(Self { clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))? })
-    }
-
-    /// Puts it back. The guest's clock goes on from where it stood; with `realtime` it jumps ahead
-    /// by the time that went by outside, if the host that saved it knew the time of day.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub fn restore(&self, vm: &VmFd, realtime: bool) -> Result<(), Error> {
-        let mut clock = self.clock;
-        clock.flags &= if realtime { KVM_CLOCK_REALTIME } else { 0 };
-        vm.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
-    }
 }
 
 impl VcpuState {

@@ -50,7 +50,7 @@ fn state(bus: &Bus, vcpus: u8, network: bool) -> State {
         cpu: host_cpu(),
         mem_file_path: "/m".into(),
         config,
-        vm: of([[0; 32]; 2]),
+        clock: of([[0; 32]; 2]),
         vcpus: (0..vcpus).map(|_| of([[0; 32]; 2])).collect(),
         io_apic: bus.io_apic.save(),
         serial: bus.serial().save(),
