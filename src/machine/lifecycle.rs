@@ -298,6 +298,9 @@ impl Vmm {
         } else if let Some(event) = run {
             self.resume(event);
         }
+        if let Some(populating) = self.machine.as_mut().and_then(|machine| machine.populating.as_mut()) {
+            populating.begin();
+        }
     }
 
     /// Has all threads give up what the machine does not need; this one, and those that it starts for the vCPUs, keep the

@@ -3,8 +3,10 @@
 //!
 //! What this does is invisible but for its speed: a page that is populated holds what a fault would have put there.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
@@ -26,13 +28,15 @@ const STACK_SIZE: usize = 64 << 10;
 /// The thread's handle. Dropping it ends the thread and waits for that, one batch at most.
 #[derive(Debug)]
 pub struct Populating {
+    /// What it waits for the end of.
+    held: Option<Sender<Infallible>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Populating {
     /// Starts it for the pages of `runs`, which are offsets into RAM without the gap. It drops `confining` when it is
-    /// confined.
+    /// confined, and waits for [`Self::begin`].
     ///
     /// # Errors
     /// There can be no further thread.
@@ -42,20 +46,29 @@ impl Populating {
         sandbox: Sandbox,
         confining: impl Send + 'static,
     ) -> Result<Self, Error> {
+        let (held, begun) = mpsc::channel::<Infallible>();
         let stop = Arc::new(AtomicBool::new(false));
         let theirs = Arc::clone(&stop);
         let live = move || {
             let confined = sandbox.confine_thread(ThreadKind::Memory);
             drop(confining);
             match confined {
-                Ok(()) => populate(&ram, &runs, &theirs),
+                Ok(()) => {
+                    let _ = begun.recv();
+                    populate(&ram, &runs, &theirs);
+                }
                 // Nothing is lost but time.
                 Err(error) => ::log::warn!("The working set is not populated: {}.", super::chain(&error)),
             }
         };
         let thread = std::thread::Builder::new().name("memory".into()).stack_size(STACK_SIZE).spawn(live);
         let thread = thread.map_err(|source| Error::Event("start the thread for the working set", source))?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { held: Some(held), stop, thread: Some(thread) })
+    }
+
+    /// Lets it work. Whoever waits for the reply to the load, and the guest, go first where there is one processor.
+    pub fn begin(&mut self) {
+        self.held = None;
     }
 
     /// Has it end after the batch at hand. It touches nothing that a snapshot or a reset could find wrong meanwhile.
@@ -67,6 +80,7 @@ impl Populating {
 impl Drop for Populating {
     fn drop(&mut self) {
         self.stop();
+        self.begin();
         if let Some(thread) = self.thread.take() {
             // The thread ends by returning: a panic aborts the process.
             let _ = thread.join();
