@@ -7,10 +7,12 @@
 //! Every interrupt of the platform is an edge: a device pulses its pin, and nobody acknowledges. So there is no state but
 //! what the guest has written, and which pins were pulsed while they were masked: those are served when they no longer are.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use super::Line;
 use crate::config::at_most;
 use crate::memory::{IO_APIC_VERSION, MAX_IO_APIC_PINS};
 
@@ -86,6 +88,12 @@ impl IoApic {
             entries: (0..pins.min(MAX_IO_APIC_PINS)).map(|_| AtomicU64::new(ENTRY_MASKED)).collect(),
             held_back: AtomicU32::new(0),
         }
+    }
+
+    /// What a device pulses `pin` through.
+    pub fn line(self: &Arc<Self>, pin: u32) -> Line {
+        let chip = Arc::clone(self);
+        Box::new(move || chip.pulse(pin))
     }
 
     /// An edge at `pin`.

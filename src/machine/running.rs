@@ -135,10 +135,7 @@ impl Machine {
         for (index, (device, kick)) in devices.into_iter().zip(std::mem::take(&mut self.kicks)).enumerate() {
             let place = MmioDevice::nth(index).ok_or(Error::TooManyDevices)?;
             let window = self.windows.get(index).ok_or(Error::TooManyDevices)?;
-            let line = Box::new({
-                let io_apic = Arc::clone(&self.bus.io_apic);
-                move || io_apic.pulse(place.irq)
-            });
+            let line = self.bus.io_apic.line(place.irq);
             plugged.push(Arc::new(VirtioMmio::new(device, self.ram.memory().clone(), line, window, kick)));
         }
         let _ = self.bus.slots.set(plugged);

@@ -7,7 +7,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
 use crate::config::{Capability, HugePages, VmConfig};
-use crate::devices::Line;
 use crate::devices::boot_timer::BootTimer;
 use crate::devices::bus::Bus;
 use crate::devices::i8042::{I8042, KEYBOARD_IRQ};
@@ -127,12 +126,8 @@ fn wire(vm: &Arc<Vm>, devices: usize, boot_timer: Option<BootTimer>) -> Result<B
         let vm = Arc::clone(vm);
         move |message| vm.signal(message.address, message.data)
     }));
-    let line = |pin| -> Line {
-        let io_apic = Arc::clone(&io_apic);
-        Box::new(move || io_apic.pulse(pin))
-    };
-    let serial = Mutex::new(Serial::new(line(COM1_IRQ), event(libc::EFD_NONBLOCK)?));
-    let i8042 = Mutex::new(I8042::new(line(KEYBOARD_IRQ), event(libc::EFD_NONBLOCK)?));
+    let serial = Mutex::new(Serial::new(io_apic.line(COM1_IRQ), event(libc::EFD_NONBLOCK)?));
+    let i8042 = Mutex::new(I8042::new(io_apic.line(KEYBOARD_IRQ), event(libc::EFD_NONBLOCK)?));
     Ok(Bus { serial, i8042, io_apic, slots: OnceLock::new(), boot_timer })
 }
 

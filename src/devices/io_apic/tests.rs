@@ -1,6 +1,6 @@
 //! Stories of drivers and devices, and registers at random.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::thread;
 
 use proptest::prelude::*;

@@ -23,7 +23,7 @@ use crate::os::seek;
 const MAGIC: [u8; 8] = *b"VSCLLAYR";
 const VERSION: u32 = 1;
 /// Where the bitmap begins.
-const HEADER: u64 = 4096;
+pub(super) const HEADER: u64 = 4096;
 
 /// Whose layer it is: the snapshot's id, or nobody's, all zeroes.
 pub type LayerId = [u8; 16];

@@ -217,13 +217,13 @@ pub(crate) mod tests_random {
     use proptest::prelude::*;
 
     use super::super::bitmap::CHUNK_BYTES;
+    use super::super::layer::HEADER;
     use super::*;
     use crate::generated::{Change, change, changes, inputs, properties};
 
     const ID: LayerId = [7; 16];
     /// Not a whole number of words of the bitmap.
     const SECTORS: u64 = 200;
-    const HEADER: u64 = 4096;
 
     /// A layer with a few sectors whose header and bitmap were changed.
     fn forged(id: LayerId, header: &[Change], bitmap: &[Change], length: Option<u64>) -> File {
