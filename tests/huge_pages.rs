@@ -83,6 +83,8 @@ fn huge_pages_of_2_mib_are_set_aside_for_a_guest_and_go_back() {
     vm.put("/snapshot/load", &snapshot.load());
     assert_eq!(vm.ok("cat /run/note; tr -d x </run/data | wc -c"), "before\n0");
     assert_eq!(mapped(&mut vm, "Private_Hugetlb"), MEMORY_MIB << 10);
+    let refusal = vm.refused_put("/snapshot/reset", &json!({}));
+    assert!(refusal.contains("huge_pages 2M cannot be reset"), "{refusal}");
     vm.shut_down();
 
     // None is left over: without the pool there is nothing to start with.

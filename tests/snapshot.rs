@@ -138,6 +138,26 @@ fn a_snapshot_is_put_where_a_drive_is_written_or_where_it_was_allowed() {
 }
 
 #[test]
+fn relative_paths_are_relative_to_where_the_process_was_started() {
+    let mut vm = tuned().boot();
+    vm.pause();
+    let snapshot = Snapshot::new();
+    // There is nothing above the root directory: this leads there from anywhere.
+    let relative = |path: &Path| format!("{}{}", "./../".repeat(40), path.strip_prefix("/").unwrap().display());
+    let (state, memory) = (relative(&snapshot.state), relative(&snapshot.memory));
+    vm.put("/snapshot/create", &json!({ "snapshot_path": state, "mem_file_path": memory }));
+    vm.kill();
+    let told = told_by(vesicle(), &["--describe-snapshot"], &[&snapshot.state]);
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let noted = told["mem_file_path"].as_str().unwrap();
+    assert!(noted.starts_with('/') && noted.ends_with(&memory), "{noted}");
+    let mut vm = vm.successor();
+    vm.put("/snapshot/load", &json!({ "snapshot_path": state, "mem_file_path": memory, "resume_vm": true }));
+    vm.ok("true");
+    vm.shut_down();
+}
+
+#[test]
 fn a_diff_merged_into_its_base_is_what_the_guest_is() {
     let mut vm = tuned().boot();
     let snapshot = Snapshot::of(&vm);

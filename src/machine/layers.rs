@@ -32,7 +32,7 @@ pub fn in_use(config: &VmConfig) -> impl Iterator<Item = &PathBuf> {
         .flat_map(|OverlayConfig { layer_path, lower, .. }| layer_path.iter().chain(lower.iter().map(|(path, _)| path)))
 }
 
-/// Writes the layer of each overlay, on disk before it returns; to be published.
+/// Writes the layer of each overlay; to be published.
 pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<(PathBuf, Draft)>, Error> {
     let mut drafts = Vec::new();
     devices::each_drive(&machine.bus, |drive| {
@@ -42,11 +42,15 @@ pub fn write(machine: &Machine, request: &SnapshotCreate, id: Id) -> Result<Vec<
         let path = &layer_path(&request.snapshot_path, drive.drive_id());
         let draft = Draft::create(path).map_err(file_error("create", path))?;
         drive.copy_overlay(draft.file(), id).map_err(|source| failed(drive, source))?;
-        draft.sync().map_err(file_error("write", path))?;
         drafts.push((path.clone(), draft));
         Ok(())
     })?;
     Ok(drafts)
+}
+
+/// Has the layers on disk; until then nothing of the snapshot may be in its place.
+pub fn sync(layers: &[(PathBuf, Draft)]) -> Result<(), Error> {
+    layers.iter().try_for_each(|(path, layer)| layer.sync().map_err(file_error("write", path)))
 }
 
 /// Puts the layers in their places.

@@ -1,6 +1,7 @@
 //! A machine whose vCPUs have threads: the parts, and what is asked of all of them.
 
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use io_uring::IoUring;
@@ -48,8 +49,10 @@ pub struct Machine {
     windows: Windows,
     /// QueueNotify registers of devices that are not plugged in yet.
     kicks: Vec<EventFd>,
-    /// Whether [`Self::provide`] has opened these three, as far as the host let it.
+    /// Whether [`Self::provide`] has these four, as far as the host let it.
     provided: bool,
+    /// What relative paths are relative to.
+    pub(super) directory: PathBuf,
     pagemap: Option<Pagemap>,
     pub(super) pristine: Option<Pristine>,
     undertaker: Option<IoUring>,
@@ -79,6 +82,7 @@ impl Machine {
             windows,
             kicks,
             provided: false,
+            directory: PathBuf::new(),
             pagemap: None,
             pristine: None,
             undertaker: None,
@@ -86,9 +90,11 @@ impl Machine {
         }
     }
 
-    /// Opens what it may need later, when this process can open nothing any more. Whoever misses something then says so.
+    /// Has what it may need later, when this process can neither open nor ask for it any more. Whoever misses something
+    /// then says so.
     pub fn provide(&mut self, proc: Option<BorrowedFd<'_>>) {
         if !std::mem::replace(&mut self.provided, true) {
+            self.directory = std::env::current_dir().unwrap_or_default();
             self.pagemap = Pagemap::open(proc).ok();
             self.pristine =
                 Pristine::map(&self.ram).inspect_err(|error| log::warn!("{}.", chain(error))).ok().flatten();

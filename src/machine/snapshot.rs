@@ -97,7 +97,7 @@ impl State {
         Ok(Self {
             cpu: host_cpu(),
             // Whoever prepares for it may be in another directory.
-            mem_file_path: std::path::absolute(mem_file_path).unwrap_or_else(|_| mem_file_path.to_owned()),
+            mem_file_path: machine.directory.join(mem_file_path),
             config: config.clone(),
             vcpus: machine.handles.iter().map(|vcpu| VcpuState::save(vcpu, &msrs)).collect::<Result<_, _>>()?,
             clock: machine.vm.clock()?,
@@ -285,7 +285,7 @@ impl Vmm {
         }
         machine.pagemap().map_err(refuse)?;
         if machine.pristine.is_none() {
-            return Err(refuse(SnapshotError::NoOrigin));
+            return Err(refuse(SnapshotError::HugePages));
         }
         match self.config.drives.iter().find(|drive| !drive.is_read_only && drive.overlay.is_none()) {
             Some(drive) if !request.keep_drive_writes => {

@@ -86,6 +86,11 @@ pub enum SnapshotError {
     /// It was booted.
     #[error("this microVM was not loaded from a snapshot that it could go back to")]
     NoOrigin,
+    /// They were filled from the memory file, not mapped from it.
+    #[error(
+        "a microVM with huge_pages 2M cannot be reset: its memory is a copy of the snapshot's; load it again in another process"
+    )]
+    HugePages,
     /// The guest would find what its memory does not know of.
     #[error(
         "drive {0:?} is writable: a reset would leave the guest with a disk that its memory does not know; make it \

@@ -52,6 +52,7 @@ impl Files {
     pub fn publish(self, memory: MemoryFile) -> Result<(), Error> {
         let Self { path, state, layers } = self;
         state.sync().map_err(file_error("write", &path))?;
+        layers::sync(&layers)?;
         let previous = memory::previous(&memory.path);
         memory.publish(&path)?;
         layers::publish(layers)?;
