@@ -10,8 +10,8 @@ use crate::api::types::LogLevel;
 use crate::config::{AllowedPath, LandlockConfig, LoggerConfig, SandboxConfig, SeccompConfig};
 use crate::snapshot::format;
 
-/// Where the API is served if `--api-sock` does not say.
-pub const DEFAULT_API_SOCK: &str = "/run/vesicle.socket";
+/// Where the API is served if `--api-sock` does not say: where launchers for this API look for it.
+pub const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
 /// The instance's name if `--id` does not say.
 pub const DEFAULT_ID: &str = "anonymous-instance";
 /// Most bytes of an API request's body if `--http-api-max-payload-size` does not say.
@@ -133,7 +133,7 @@ const FLAGS: &[Flag] = &[
     Flag(
         "api-sock",
         "PATH|fd:N",
-        "serve the API on a Unix socket at PATH, or on the listening socket N passed in\n[default: /run/vesicle.socket]",
+        "serve the API on a Unix socket at PATH, or on the listening socket N passed in\n[default: /run/firecracker.socket]",
     ),
     Flag("id", "ID", "name of the instance: 1 to 64 letters, digits and hyphens [default: anonymous-instance]"),
     Flag("config-file", "PATH", "configure the microVM from a JSON file, as GET /vm/config shows it, and start it"),
@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn without_arguments_the_defaults_hold() {
         assert_eq!(options(""), Options::unless_said_otherwise());
-        assert_eq!(options("").api_sock, Some(ApiSocket::Path("/run/vesicle.socket".into())));
+        assert_eq!(options("").api_sock, Some(ApiSocket::Path("/run/firecracker.socket".into())));
     }
 
     #[test]

@@ -393,8 +393,10 @@ pub struct VmConfig {
     /// Kernel and initrd.
     pub boot_source: Option<BootSource>,
     /// The root drive is first, the others in the order they were configured.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_VIRTIO_DEVICES>")]
     pub drives: Vec<DriveConfig>,
     /// In the order they were configured; their devices follow the drives'.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_VIRTIO_DEVICES>")]
     pub network_interfaces: Vec<NetConfig>,
     /// Vsock.
     pub vsock: Option<VsockConfig>,

@@ -1,7 +1,7 @@
 //! One epoll instance for the vmm thread: descriptors become tokens.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -124,14 +124,10 @@ impl EventLoop {
     }
 }
 
-impl AsRawFd for EventLoop {
-    fn as_raw_fd(&self) -> RawFd {
-        self.epoll.as_raw_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
     use vmm_sys_util::eventfd::EventFd;
 

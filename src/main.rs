@@ -23,7 +23,7 @@ use vesicle::machine::{Host, chain, restore_terminal};
 use vesicle::metrics::METRICS;
 use vesicle::sandbox::landlock::Grants;
 use vesicle::sandbox::seccomp::ThreadKind;
-use vesicle::sandbox::{self, Sandbox};
+use vesicle::sandbox::{self, Confining, Sandbox};
 use vesicle::signals::{Termination, install_fatal_handlers};
 use vesicle::snapshot::format;
 use vesicle::socket::{self, Existing, SocketFile};
@@ -81,9 +81,9 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
     // Before any thread: they inherit the signal mask.
     install_fatal_handlers(restore_terminal);
     std::panic::set_hook(Box::new(|panic| {
-        restore_terminal();
         METRICS.vmm.panic_count.inc();
         ::log::error!("{panic}");
+        restore_terminal();
     }));
     log::init(&options.id);
     let sandbox =
@@ -100,14 +100,18 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
     {
         fail(BAD_CONFIGURATION, format!("--prepare: {refusal}"));
     }
-    let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events, sandbox));
+    let mut confining = Confining::default();
+    let confined = confining.thread();
+    let api = options.api_sock.as_ref().map(|socket| serve(socket, &options, sender, events, sandbox, confined));
     // What it takes to serve cannot be done any more once the machine runs.
-    if options.config_file.is_some()
-        && let Err(refusal) = vmm.execute(Command::Start)
-    {
-        vmm.remove_sockets();
-        drop(api);
-        fail(BAD_CONFIGURATION, refusal);
+    if options.config_file.is_some() {
+        // A start that a client asks for comes from a thread that is confined; this one need not.
+        confining.wait();
+        if let Err(refusal) = vmm.execute(Command::Start) {
+            vmm.remove_sockets();
+            drop(api);
+            fail(BAD_CONFIGURATION, refusal);
+        }
     }
     let Ending { status, .. } = vmm.run();
     if let Some((thread, socket_file)) = api {
@@ -206,6 +210,7 @@ fn serve(
     sender: CommandSender,
     events: Subscription,
     sandbox: Sandbox,
+    confined: impl Send + 'static,
 ) -> (JoinHandle<()>, Option<SocketFile>) {
     let (listener, file): (UnixListener, _) = match socket {
         ApiSocket::Path(path) => match socket::bind(path, Existing::Replaced) {
@@ -223,6 +228,7 @@ fn serve(
         if let Err(error) = sandbox.confine_thread(ThreadKind::Api) {
             fail(FAILURE, chain(&error));
         }
+        drop(confined);
     };
     match server::spawn(listener, limits, sender, events, confine) {
         Ok(thread) => {

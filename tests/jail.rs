@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
 use common::snapshot::Snapshot;
-use common::{Guest, JAILER, MicroVm, Mode, PATIENCE, artefact};
+use common::{Guest, JAILER, MicroVm, Mode, PATIENCE, artefact, wait_until};
 use seccompiler::sock_filter;
 use serde_json::{Value, json};
 
@@ -56,13 +56,21 @@ fn every_thread_of_a_running_microvm_is_under_a_filter() {
     assert!(["api", "vcpu0", "vcpu1"].iter().all(|name| threads.contains(*name)), "{threads:?}");
 }
 
+const CONFINEMENT: &str = "trace=seccomp,landlock_restrict_self,ioctl,prctl";
+
+/// How often traced calls put a thread under a filter, and under a layer of Landlock.
+fn filters_and_layers(calls: &[String]) -> (usize, usize) {
+    let count = |what: &str| calls.iter().filter(|call| call.contains(what)).count();
+    (count("seccomp(SECCOMP_SET_MODE_FILTER"), count("landlock_restrict_self("))
+}
+
 #[test]
 fn no_vcpu_enters_the_guest_before_every_thread_is_confined() {
     let vcpus = 4;
     let mut vm = Guest::tuned().vcpus(vcpus).no_job().configure();
     // A vCPU's thread is late to take its name, which it does first.
     let mut strace = Command::new("strace")
-        .args(["-f", "-e", "trace=seccomp,ioctl,prctl", "-e", "inject=prctl:delay_enter=500000:when=1"])
+        .args(["-f", "-e", CONFINEMENT, "-e", "inject=prctl:delay_enter=500000:when=1"])
         .args(["-p", &vm.pid().to_string()])
         .stderr(Stdio::piped())
         .spawn()
@@ -73,8 +81,35 @@ fn no_vcpu_enters_the_guest_before_every_thread_is_confined() {
     let before: Vec<_> = calls.take_while(|call| !call.contains("KVM_RUN")).collect();
     strace.kill().unwrap();
     strace.wait().unwrap();
-    let filters = before.iter().filter(|call| call.contains("seccomp(SECCOMP_SET_MODE_FILTER")).count();
-    assert_eq!(filters, 1 + usize::from(vcpus), "{before:#?}");
+    assert_eq!(filters_and_layers(&before), (1 + usize::from(vcpus), 1), "{before:#?}");
+}
+
+#[test]
+fn a_guest_that_a_file_describes_waits_for_the_api_thread_to_be_confined() {
+    let dir = tempfile::tempdir().unwrap();
+    let (config, trace) = (dir.path().join("config"), dir.path().join("trace"));
+    let guest = Guest::tuned().mode(Mode::Plain);
+    let content = json!({ "machine-config": guest.machine_config(), "boot-source": guest.boot_source() });
+    fs::write(&config, content.to_string()).unwrap();
+    let mut strace = Command::new("strace")
+        // The API thread is late as well.
+        .args(["-f", "-e", CONFINEMENT, "-e", "inject=prctl:delay_enter=500000:when=1", "-o"])
+        .arg(&trace)
+        .arg(env!("CARGO_BIN_EXE_vesicle"))
+        .arg("--config-file")
+        .arg(&config)
+        .arg("--api-sock")
+        .arg(dir.path().join("api"))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until(|| fs::read_to_string(&trace).is_ok_and(|trace| trace.contains("KVM_RUN")));
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    let trace = fs::read_to_string(&trace).unwrap();
+    let before: Vec<_> = trace.lines().take_while(|call| !call.contains("KVM_RUN")).map(str::to_owned).collect();
+    // Filters of three threads; layers of the process, the API thread and the one that has the paths of the machine.
+    assert_eq!(filters_and_layers(&before), (3, 3), "{before:#?}");
 }
 
 #[test]
@@ -244,6 +279,11 @@ fn a_jail_is_made_or_taken_over() {
         let mut found: Vec<_> = fs::read_dir(jail.root()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         found.sort();
         assert_eq!(found, ["dev", "run", "vesicle.pid"], "nothing is copied");
+        // Launchers look for the name of the file, whatever the link to it is called.
+        let link = jail.base.path().join("link");
+        symlink(env!("CARGO_BIN_EXE_vesicle"), &link).unwrap();
+        admitted(&jail.visit(&["--exec-file", link.to_str().unwrap()]));
+        assert_eq!(fs::read_dir(jail.base.path()).unwrap().count(), 2, "the jail is the same");
     }
 }
 
@@ -371,7 +411,27 @@ fn status(pid: u32) -> BTreeMap<String, String> {
 }
 
 #[test]
+fn a_crowd_of_jails_is_made_at_once() {
+    for mode in MODES {
+        let jail = Jail::new();
+        let visit = |number: u32| {
+            let mut command = jail.command();
+            command.args(["--id", &format!("story-{number}")]).args(mode).args(["--", "--version"]);
+            command.stdout(Stdio::null()).spawn().unwrap()
+        };
+        let crowd: Vec<_> = (0..200).map(visit).collect();
+        for mut visitor in crowd {
+            assert!(visitor.wait().unwrap().success());
+        }
+        assert_eq!(fs::read_dir(jail.base.path().join("vesicle")).unwrap().count(), 200);
+    }
+}
+
+#[test]
 fn a_jailed_process_holds_nothing_worth_taking() {
+    // What the launcher forgot to close.
+    let secret = fs::File::open("/etc/passwd").unwrap();
+    rustix::io::fcntl_setfd(&secret, rustix::io::FdFlags::empty()).unwrap();
     for mode in [Mode::Jailed, Mode::JailedWithoutMounts, Mode::Rootless] {
         let mut vm = Guest::tuned().mode(mode).boot();
         let pid = vm.pid();
@@ -384,6 +444,10 @@ fn a_jailed_process_holds_nothing_worth_taking() {
         let user = mode.user();
         assert_eq!(status["Uid"], format!("{user}\t{user}\t{user}\t{user}"), "{mode:?}");
         assert_eq!(fs::read(format!("/proc/{pid}/environ")).unwrap(), b"", "{mode:?}");
+        let held =
+            fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|fd| fs::read_link(fd.unwrap().path()).unwrap());
+        let held: Vec<_> = held.collect();
+        assert!(!held.iter().any(|path| path == "/etc/passwd"), "{mode:?}: {held:?}");
         let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
         let limit = |name: &str| limits.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
         assert!(limit("Max core file size").split_whitespace().nth(4) == Some("0"), "{limits}");

@@ -84,6 +84,15 @@ impl Handler {
     }
 }
 
+/// Whether all threads of a process stand still.
+fn stopped(pid: u32) -> bool {
+    let stopped = |task: std::io::Result<fs::DirEntry>| {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default();
+        status.contains("State:\tT")
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(stopped)
+}
+
 fn guest() -> (MicroVm, Snapshot) {
     let mut vm = Guest::tuned().vcpus(2).argument("--allow-path=/").boot();
     vm.ok("head -c 10000000 /dev/urandom >/run/data; sha256sum /run/data >/run/sum");
@@ -98,6 +107,12 @@ fn a_handler_serves_the_memory_of_a_guest_that_can_be_saved_but_not_reset() {
     let handler = Handler::of(&snapshot);
     let mut vm = vm.successor_with(&["--allow-path=/"]);
     vm.put("/snapshot/load", &handler.load(&snapshot));
+    // Stopped and continued, as a debugger or a freezer does: waits go on.
+    for signal in [libc::SIGSTOP, libc::SIGCONT] {
+        // SAFETY: the process is our child, and was not waited for.
+        assert_eq!(unsafe { libc::kill(vm.pid() as i32, signal) }, 0);
+        wait_until(|| stopped(vm.pid()) == (signal == libc::SIGSTOP));
+    }
     vm.ok("sha256sum -c /run/sum");
     let refusal = vm.refused_put("/snapshot/reset", &json!({ "keep_drive_writes": true }));
     assert!(refusal.contains("page fault handler"), "{refusal}");

@@ -237,6 +237,52 @@ fn a_diff_that_is_half_merged_is_no_snapshot_until_it_is_merged_whole() {
     host(&format!("umount {}", small.path().display()));
 }
 
+#[test]
+fn a_diff_is_merged_into_the_memory_that_it_follows_and_into_no_other() {
+    for tracked in [false, true] {
+        let mut vm = Guest::tuned().argument("--allow-path=/").configure();
+        let config = json!({ "vcpu_count": 1, "mem_size_mib": 64, "track_dirty_pages": tracked });
+        vm.put("/machine-config", &config);
+        vm.start();
+        vm.wait_until_ready();
+        let first = Snapshot::of(&vm);
+        vm.resume();
+        vm.ok("echo second >/run/note");
+        let second = Snapshot::of(&vm);
+        let refusal = vm.refused_put("/snapshot/create", &first.create("Diff"));
+        assert!(refusal.contains("another snapshot than this Diff follows"), "{refusal}");
+        vm.resume();
+        vm.ok("echo third >/run/note");
+        vm.pause();
+        vm.put("/snapshot/create", &second.create("Diff"));
+        vm.kill();
+
+        // As if a VMM had died when the memory was in its place and the state was not.
+        let previous = memory::previous(&first.memory);
+        fs::rename(&first.memory, &previous).unwrap();
+        copied(&second.memory, &first.memory);
+        let mut vm = vm.successor_with(&["--allow-path=/"]);
+        let mut load = first.load();
+        load["track_dirty_pages"] = json!(tracked);
+        vm.put("/snapshot/load", &load);
+        assert_ne!(vm.run("cat /run/note").1, 0);
+        vm.ok("echo fourth >/run/note");
+        vm.pause();
+        let refusal = vm.refused_put("/snapshot/create", &first.create("Diff"));
+        assert!(refusal.contains("another snapshot than this Diff follows"), "{refusal}");
+        assert!(previous.exists());
+        vm.put("/snapshot/create", &first.create("Full"));
+        assert!(!previous.exists());
+        vm.kill();
+        for (snapshot, note) in [(&first, "fourth"), (&second, "third")] {
+            vm = vm.successor();
+            vm.put("/snapshot/load", &snapshot.load());
+            assert_eq!(vm.ok("cat /run/note"), note);
+            vm.kill();
+        }
+    }
+}
+
 /// Whatever was saved, taken back and not completed before it.
 #[test]
 fn a_diff_after_a_reset_and_a_full_disk_is_whole_or_refused() {
@@ -252,6 +298,7 @@ fn a_diff_after_a_reset_and_a_full_disk_is_whole_or_refused() {
         (false, &["reset", "fail"], true),
         (true, &["save", "reset", "fail"], false),
         (true, &["save", "fail", "reset"], false),
+        (false, &["live", "reset"], true),
     ] {
         vm.kill();
         vm = vm.successor_with(&["--allow-path=/"]);
@@ -269,6 +316,14 @@ fn a_diff_after_a_reset_and_a_full_disk_is_whole_or_refused() {
                 "save" => {
                     vm.put("/snapshot/create", &saved.create("Full"));
                     base = &saved.memory;
+                }
+                // Refused for lack of a record: nothing was begun.
+                "live" => {
+                    vm.resume();
+                    let mut body = lost.create("Full");
+                    body["live"] = json!(true);
+                    assert!(vm.refused_put("/snapshot/create", &body).contains("track_dirty_pages"));
+                    vm.pause();
                 }
                 _ => assert!(vm.refused_put("/snapshot/create", &lost.create("Diff")).contains("No space left")),
             }

@@ -121,8 +121,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>, user: u32, group: u3
                 match flag.as_str() {
                     "id" => id = Some(text.to_owned()),
                     "exec-file" => exec_file = Some(PathBuf::from(text)),
-                    "uid" => uid = Some(number(&flag, text)?),
-                    "gid" => gid = Some(number(&flag, text)?),
+                    "uid" => uid = Some(owner(&flag, text)?),
+                    "gid" => gid = Some(owner(&flag, text)?),
                     _ => set(&mut parsed, &flag, text)?,
                 }
             }
@@ -130,8 +130,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>, user: u32, group: u3
     }
     parsed.id = checked_id(id.ok_or("--id is missing")?)?;
     parsed.exec_file = exec_file.ok_or("--exec-file is missing")?;
-    let name = parsed.exec_file.file_name().and_then(|name| name.to_str());
-    parsed.exec_name = name.ok_or_else(|| bad("exec-file", parsed.exec_file.display(), "names no file"))?.to_owned();
+    let no_file = || bad("exec-file", parsed.exec_file.display(), "names no file");
+    let named = parsed.exec_file.file_name().ok_or_else(no_file)?;
+    // A link's target is what launchers look for in the jail's path. One that leads nowhere is refused when it is opened.
+    let real = parsed.exec_file.canonicalize().ok();
+    let name = real.as_deref().and_then(Path::file_name).unwrap_or(named).to_str();
+    parsed.exec_name = name.ok_or_else(no_file)?.to_owned();
     // Without root one stays who one is.
     let rootless = parsed.rootless;
     parsed.uid = uid.or(rootless.then_some(user)).ok_or("--uid is missing")?;
@@ -176,6 +180,12 @@ fn set(parsed: &mut Arguments, flag: &str, text: &str) -> Result<(), String> {
 
 fn number<N: FromStr>(flag: &str, text: &str) -> Result<N, String> {
     text.parse().map_err(|_| bad(flag, text, "must be a number"))
+}
+
+/// A user or group. The highest number is none: to the kernel it says to stay who one is.
+fn owner(flag: &str, text: &str) -> Result<u32, String> {
+    let number = number(flag, text)?;
+    if number < u32::MAX { Ok(number) } else { Err(bad(flag, text, "must be a number below 4294967295")) }
 }
 
 fn descriptor(flag: &str, text: &str) -> Result<RawFd, String> {

@@ -52,6 +52,8 @@ fn what_is_wrong_is_named() {
         ("--id a/b --exec-file v --uid 1 --gid 1", "--id a/b: must be 1 to 64 letters, digits and hyphens"),
         ("--id a --exec-file .. --uid 1 --gid 1", "--exec-file ..: names no file"),
         ("--uid x", "--uid x: must be a number"),
+        ("--uid 4294967295", "--uid 4294967295: must be a number below 4294967295"),
+        ("--gid 4294967295", "--gid 4294967295: must be a number below 4294967295"),
         ("--pass-fd 2", "--pass-fd 2: must be the number of a descriptor above 2"),
         ("--cgroup cpu", "--cgroup cpu: must be FILE=VALUE"),
         ("--cgroup ../x.y=1", "--cgroup ../x.y=1: must be a file such as cpu.weight, =, and one line"),

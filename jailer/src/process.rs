@@ -294,7 +294,7 @@ pub fn drop_privileges(arguments: &Arguments) -> Result<(), Error> {
     if unknown.is_some() && error.raw_os_error() != Some(libc::EINVAL) {
         return Err(error).failed(|| "drop the capabilities that programs could gain");
     }
-    // In a user namespace groups cannot be changed, and there are no others.
+    // In a user namespace that an ordinary user made, nobody can change groups: the launcher's stay.
     if !arguments.rootless {
         rustix::thread::set_thread_groups(&[]).failed(|| "drop the groups")?;
         let gid = Gid::from_raw(arguments.gid);

@@ -1,10 +1,11 @@
 //! How the guest reaches the metadata service.
 
+use std::collections::HashSet;
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, MAX_VIRTIO_DEVICES, at_most};
 
 /// Whether the guest needs a token to read metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -19,7 +20,8 @@ pub enum MmdsVersion {
 /// How the guest reaches the metadata service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MmdsConfig {
-    /// Through these.
+    /// Through these, each once.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_VIRTIO_DEVICES>")]
     pub network_interfaces: Vec<String>,
     /// With a token or without.
     pub version: MmdsVersion,
@@ -37,7 +39,9 @@ impl MmdsConfig {
     ///
     /// # Errors
     /// No interface, or an address that is not link-local (RFC 3927 §2.1).
-    pub fn checked(self) -> Result<Self, ConfigError> {
+    pub fn checked(mut self) -> Result<Self, ConfigError> {
+        let mut named = HashSet::new();
+        self.network_interfaces.retain(|id| named.insert(id.clone()));
         if self.network_interfaces.is_empty() {
             return Err(ConfigError::MmdsWithoutInterface);
         }

@@ -11,6 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::x86_64::msrs;
 use super::{Error, ioctl};
 use crate::config::Capability;
 use crate::memory::{self, GuestRam, Slot};
@@ -66,10 +67,10 @@ impl Kvm {
         self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))
     }
 
-    /// The MSRs that make up a vCPU's state on this host.
+    /// The MSRs that make up a vCPU's state on this host: those that KVM lists, and those of the memory types.
     pub fn msrs(&self) -> Result<Vec<u32>, Error> {
         let list = self.fd.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(list.as_slice().to_vec())
+        Ok(list.as_slice().iter().copied().chain(msrs::memory_types()).collect())
     }
 }
 

@@ -16,6 +16,7 @@ use super::snapshot::SnapshotError;
 use super::snapshot::files::{Files, MemoryFile, check_request, new_id, pages_of};
 use crate::config::SnapshotCreate;
 use crate::control::{Answer, Event, Refusal, Reply};
+use crate::memory::is_tracked;
 use crate::metrics::METRICS;
 use crate::snapshot::Id;
 use crate::snapshot::memory::{self, Copy, Pages};
@@ -37,6 +38,9 @@ pub struct Live {
 impl Live {
     /// Begins it; from now on what is written is noted.
     fn new(machine: &mut Machine, request: SnapshotCreate) -> Result<Self, Error> {
+        if !is_tracked(machine.ram.memory()) {
+            return Err(SnapshotError::NotTracked.into());
+        }
         let file = MemoryFile::open(&request, machine)?;
         let has_base = machine.begin_saving();
         let written = machine.take_written()?.ok_or(SnapshotError::NotTracked)?;
@@ -106,9 +110,10 @@ impl Vmm {
         if let Some(parked) = live.parked {
             METRICS.latencies_us.live_snapshot_pause.set(parked.elapsed().as_micros() as u64);
         }
+        let id = live.id;
         files.and_then(|files| files.publish(live.file)).map_err(refuse)?;
         if let Some(machine) = &mut self.machine {
-            machine.has_been_saved();
+            machine.has_been_saved(id);
         }
         Ok(Reply::Done)
     }

@@ -1,5 +1,7 @@
 //! A machine whose vCPUs have threads: the parts, and what is asked of all of them.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::console::Console;
 use super::populate::Populating;
 use super::shell::Shell;
-use super::snapshot::SnapshotError;
+use super::snapshot::{Identity, SnapshotError, identity};
 use super::{Error, chain};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::{Device, VirtioMmio, Windows};
@@ -19,6 +21,7 @@ use crate::kvm::{Kvm, Vcpu, Vm};
 use crate::memory::{self, GuestRam, MmioDevice};
 use crate::sandbox::seccomp::ThreadKind;
 use crate::sandbox::{Confining, Sandbox};
+use crate::snapshot::Id;
 use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
 use crate::snapshot::working_set::Run;
@@ -40,8 +43,13 @@ pub struct Machine {
     pub(super) populating: Option<Populating>,
     /// Signalled when the page fault handler that has its memory is gone.
     pub(super) handler_gone: Option<Arc<EventFd>>,
-    /// There is a memory file that the record of written pages begins at.
-    pub(super) has_base: bool,
+    /// The record of written pages begins at the last snapshot, or at the load.
+    has_base: bool,
+    /// The snapshot that it came from, and the last that is complete; at first the same.
+    loaded: Option<Id>,
+    last: Option<Id>,
+    /// The memory file that a Diff was being merged into when that failed.
+    half_merged: Option<Identity>,
     /// A snapshot was begun since the load.
     saved: bool,
     /// A reset has taken pages back since.
@@ -77,6 +85,9 @@ impl Machine {
             populating: None,
             handler_gone: None,
             has_base: false,
+            loaded: None,
+            last: None,
+            half_merged: None,
             saved: false,
             rewound: false,
             windows,
@@ -167,9 +178,34 @@ impl Machine {
         std::mem::take(&mut self.has_base)
     }
 
-    /// It is complete: the next Diff begins here.
-    pub fn has_been_saved(&mut self) {
-        (self.has_base, self.rewound) = (true, false);
+    /// A Diff is about to be merged into `file`, which is whole again when the snapshot is complete.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
+    pub fn begin_merging(&mut self, file: &File) -> io::Result<()> {
+        self.half_merged = Some(identity(file)?);
+        Ok(())
+    }
+
+    /// It came from snapshot `id`: the first Diff begins there.
+    pub fn has_been_loaded(&mut self, id: Id) {
+        self.loaded = Some(id);
+        self.has_been_saved(id);
+    }
+
+    /// Snapshot `id` is complete: the next Diff begins here.
+    pub fn has_been_saved(&mut self, id: Id) {
+        (self.has_base, self.rewound, self.last, self.half_merged) = (true, false, Some(id), None);
+    }
+
+    /// Whether a Diff merged into `file`, which is of snapshot `id`, is all that the guest has.
+    pub fn follows(&self, file: &File, id: Id) -> bool {
+        if self.has_base && memory::is_tracked(self.ram.memory()) {
+            return self.last == Some(id);
+        }
+        // Without a record it is all that the guest has changed since the load.
+        let half_merged = self.half_merged.is_some() && identity(file).ok() == self.half_merged;
+        half_merged || [self.loaded, self.last].contains(&Some(id))
     }
 
     /// A reset has taken it back.

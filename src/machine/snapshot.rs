@@ -35,7 +35,8 @@ use super::populate::map_ahead;
 use super::running::Machine;
 use super::shell::{Layout, Shell, renew_generation_id};
 use crate::config::{
-    BootSource, MAX_VCPUS, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotReset, VmConfig, at_most,
+    BootSource, MAX_VCPUS, MAX_VIRTIO_DEVICES, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotReset,
+    VmConfig, at_most,
 };
 use crate::control::{Command, Event, Lifecycle, Refusal};
 use crate::devices::boot_timer::BootTimer;
@@ -66,6 +67,7 @@ pub struct State {
     io_apic: IoApicState,
     serial: SerialState,
     i8042: I8042State,
+    #[serde(deserialize_with = "at_most::<_, _, MAX_VIRTIO_DEVICES>")]
     virtio: Vec<VirtioState>,
 }
 
@@ -203,7 +205,7 @@ impl Vmm {
             memory::write(&machine.ram, pages_of(request.kind, written), machine.pagemap()?, id, memory.file());
         written.map_err(|source| memory.error(source))?;
         files.publish(memory)?;
-        machine.has_been_saved();
+        machine.has_been_saved(id);
         Ok(())
     }
 
@@ -267,7 +269,7 @@ impl Vmm {
         same("virtio devices", state.virtio.len(), devices.len())?;
         machine.plug(devices)?;
         machine.console = self.console()?;
-        machine.has_base = true;
+        machine.has_been_loaded(id);
         if let Some(path) = &request.working_set_path {
             machine.working_set = read_working_set(path, id, machine.ram.size())?;
         }
@@ -331,6 +333,7 @@ impl Vmm {
 /// A snapshot's two files.
 struct Opened {
     id: Id,
+    file: File,
     state: Box<State>,
     memory: Memory,
     files: [Identity; 2],
@@ -343,9 +346,9 @@ enum Memory {
 }
 
 /// Which file it is, whatever its name.
-type Identity = (u64, u64);
+pub(super) type Identity = (u64, u64);
 
-fn identity(file: &File) -> std::io::Result<Identity> {
+pub(super) fn identity(file: &File) -> std::io::Result<Identity> {
     file.metadata().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
@@ -365,7 +368,7 @@ impl Opened {
         let path = load.map_or(&state.mem_file_path, |load| &load.backend_path);
         let identified = identity(&file).map_err(fail)?;
         if load.is_some_and(|load| load.backend == MemoryBackendType::Uffd) {
-            return Ok(Self { id, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
+            return Ok(Self { id, file, memory: Memory::Handler(path.clone()), state, files: [identified; 2] });
         }
         let size = state.ram_size();
         let memory = open_memory(path, size, id).or_else(|error| {
@@ -373,7 +376,7 @@ impl Opened {
             open_memory(&memory::previous(path), size, id).map_err(|_| error)
         })?;
         let files = [identified, identity(&memory).map_err(fail)?];
-        Ok(Self { id, state, memory: Memory::File(memory), files })
+        Ok(Self { id, file, state, memory: Memory::File(memory), files })
     }
 }
 
@@ -384,7 +387,8 @@ fn read_working_set(path: &Path, id: Id, size: u64) -> Result<Vec<Run>, Error> {
 
 fn open_memory(path: &Path, size: u64, id: Id) -> Result<File, Error> {
     let file = open_image("mem_file_path", path)?;
-    let usable = memory::check(&file, size, Some(id)).and_then(|()| memory::hold(&file, false));
+    // Held before it is looked at: until then another process may change it.
+    let usable = memory::hold(&file, false).and_then(|()| memory::check(&file, size, Some(id)));
     usable.map_err(SnapshotError::unusable(MEMORY_FILE, path))?;
     Ok(file)
 }
@@ -394,6 +398,8 @@ pub struct Prepared {
     id: Id,
     state: Box<State>,
     files: [Identity; 2],
+    /// Both, as long as they may be asked for: other files could get their numbers otherwise.
+    _held: (File, Option<File>),
     layout: Layout,
     machine: Machine,
 }
@@ -406,16 +412,20 @@ impl Prepared {
         vm: EmptyVm,
         sandbox: &Sandbox,
     ) -> Result<Self, Error> {
-        let Opened { id, state, memory, files } = snapshot;
+        let Opened { id, file, state, memory, files } = snapshot;
         let mut shell = Shell::new(&layout, state.virtio.len(), boot_timer, vm)?;
-        let handler_gone = match memory {
-            Memory::File(file) => shell.ram.load(file).map(|()| None)?,
-            Memory::Handler(path) => Some(handler::attach(&path, &mut shell, sandbox.clone())?),
+        let (handler_gone, held) = match memory {
+            Memory::File(memory) => {
+                let held = memory.try_clone().map_err(|source| Error::Event("duplicate a descriptor", source))?;
+                shell.ram.load(memory)?;
+                (None, Some(held))
+            }
+            Memory::Handler(path) => (Some(handler::attach(&path, &mut shell, sandbox.clone())?), None),
         };
         state.apply(&shell.vcpu_fds)?;
         let mut machine = Machine::assemble(shell, Console::new(None, None));
         machine.handler_gone = handler_gone;
-        Ok(Self { id, state, files, layout, machine })
+        Ok(Self { id, state, files, _held: (file, held), layout, machine })
     }
 
     /// Whether a load asks for what was prepared.

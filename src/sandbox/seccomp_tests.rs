@@ -87,9 +87,9 @@ fn arguments_are_checked_where_they_decide() {
                 "ioctl" | "futex" | "fcntl" | "io_uring_register" => &[1][..],
                 "socket" => &[0, 1],
                 "mmap" => &[2],
-                "madvise" | "tgkill" => &[2],
+                "madvise" | "tgkill" | "sendmsg" | "recvmsg" => &[2],
                 "tkill" => &[1],
-                "accept4" => &[3],
+                "accept4" | "recvfrom" => &[3],
                 "openat" => &[0],
                 _ => continue,
             };

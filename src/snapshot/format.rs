@@ -23,7 +23,7 @@ use super::Id;
 /// The format that this release writes, and the only one that it reads.
 pub const VERSION: u16 = 2;
 /// No state file is as long: 32 vCPUs and 19 devices take a quarter of a megabyte.
-pub const MAX_LENGTH: u64 = 4 << 20;
+pub const MAX_LENGTH: u64 = 1 << 20;
 
 const MAGIC: [u8; 8] = *b"VSCLSNAP";
 const X86_64: u16 = 1;

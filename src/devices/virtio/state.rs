@@ -3,6 +3,12 @@
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueState;
 
+use super::CONFIG_SPACE_SIZE;
+use crate::config::at_most;
+
+/// No device here has more.
+const MAX_QUEUES: usize = 3;
+
 /// How far a queue has got: the next entries of its rings that the device will look at.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
@@ -83,12 +89,14 @@ pub struct VirtioState {
     /// The registers.
     pub registers: Registers,
     /// The queues.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_QUEUES>")]
     pub queues: Vec<SavedQueue>,
     /// ConfigGeneration.
     pub config_generation: u32,
     /// InterruptStatus.
     pub interrupt: u32,
     /// The configuration space that the guest saw.
+    #[serde(deserialize_with = "at_most::<_, _, CONFIG_SPACE_SIZE>")]
     pub config_space: Vec<u8>,
 }
 

@@ -9,12 +9,14 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use crate::config::{CpuidModifier, CpuidRegister};
 use crate::kvm::Error;
 
+const LEAF_1_ECX_VMX: u32 = 1 << 5;
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const LEAF_6_EAX_TURBO: u32 = 1 << 1;
 const LEAF_6_ECX_ENERGY_BIAS: u32 = 1 << 3;
 const LEAF_80000001_ECX_CMP_LEGACY: u32 = 1 << 1;
+const LEAF_80000001_ECX_SVM: u32 = 1 << 2;
 const LEAF_80000001_ECX_TOPOLOGY: u32 = 1 << 22;
 /// `CLFLUSH` line size in units of 8 bytes.
 const CLFLUSH_64: u32 = 8 << 8;
@@ -118,6 +120,8 @@ fn normalise(entry: &mut kvm_cpuid_entry2, vendor: Vendor, topology: Topology, a
     let vcpus = u32::from(topology.vcpus);
     match entry.function {
         1 => {
+            // No guests of the guest's: their state would be in no snapshot, and outlive a reset.
+            entry.ecx &= !LEAF_1_ECX_VMX;
             let logical = 1u32 << topology.package_bits();
             entry.ebx = entry.ebx & 0xff | CLFLUSH_64 | logical.min(255) << 16 | apic_id << 24;
             entry.ecx |= LEAF_1_ECX_HYPERVISOR | LEAF_1_ECX_TSC_DEADLINE;
@@ -135,6 +139,7 @@ fn normalise(entry: &mut kvm_cpuid_entry2, vendor: Vendor, topology: Topology, a
         // No performance counters: what they count is the host's business.
         0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x8000_0001 if vendor == Vendor::Amd => {
+            entry.ecx &= !LEAF_80000001_ECX_SVM;
             entry.ecx = set_if(entry.ecx, LEAF_80000001_ECX_CMP_LEGACY, vcpus > 1) | LEAF_80000001_ECX_TOPOLOGY;
         }
         0x8000_0008 if vendor == Vendor::Amd => {
@@ -336,6 +341,8 @@ mod tests {
         let cpuid = for_vcpu(&record(INTEL), Topology { vcpus: 1, threads_per_core: 1 }, 0).unwrap();
         assert_ne!(leaf(&cpuid, 1, 0).ecx & LEAF_1_ECX_HYPERVISOR, 0);
         assert_eq!(leaf(&cpuid, 0xa, 0).eax, 0);
+        assert_ne!(leaf(&record(INTEL), 1, 0).ecx & LEAF_1_ECX_VMX, 0);
+        assert_eq!(leaf(&cpuid, 1, 0).ecx & LEAF_1_ECX_VMX, 0);
         assert_eq!(leaf(&cpuid, 6, 0).eax & LEAF_6_EAX_TURBO, 0);
         assert_eq!(leaf(&cpuid, 0x8000_0002, 0).eax.to_le_bytes(), *b"Inte");
         assert_eq!(leaf(&cpuid, 0x8000_0004, 0).edx, 0);

@@ -37,6 +37,11 @@ const AT_BOOT: [(u32, u64); 11] = [
     (IA32_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
 ];
 
+/// Those of the memory types, which KVM does not list (Intel SDM vol. 3, 12.11).
+pub fn memory_types() -> impl Iterator<Item = u32> {
+    (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([IA32_MTRR_DEF_TYPE])
+}
+
 /// Sets the MSRs. CPUID must be set already: it decides which of them exist.
 pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
     let entries = AT_BOOT.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });

@@ -19,6 +19,8 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// KVM takes no more MSRs in one call.
 const MSRS_AT_ONCE: usize = 256;
+/// KVM lists not half as many.
+const MAX_MSRS: usize = 1024;
 /// A host clock this close, in millionths, needs no scaling: the guest's own error is larger.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -31,6 +33,7 @@ pub struct VcpuState {
     #[serde(deserialize_with = "at_most::<_, _, KVM_MAX_CPUID_ENTRIES>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     /// In the order in which they are to be set.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_MSRS>")]
     msrs: Vec<Msr>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,

@@ -86,9 +86,16 @@ pub enum SnapshotError {
     /// It was booted.
     #[error("this microVM was not loaded from a snapshot that it could go back to")]
     NoOrigin,
+    /// A Diff would leave a mixture of two guests there.
+    #[error(
+        "mem_file_path {0:?} belongs to another snapshot than this Diff follows: name a new file, or the one that was \
+         loaded or saved last, or make a Full"
+    )]
+    OtherBase(PathBuf),
     /// They were filled from the memory file, not mapped from it.
     #[error(
-        "a microVM with huge_pages 2M cannot be reset: its memory is a copy of the snapshot's; load it again in another process"
+        "a microVM with huge_pages 2M cannot be reset, for its memory is a copy of the snapshot's: load it in another \
+         process"
     )]
     HugePages,
     /// The guest would find what its memory does not know of.

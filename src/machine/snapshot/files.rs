@@ -56,9 +56,12 @@ impl Files {
         let previous = memory::previous(&memory.path);
         memory.publish(&path)?;
         layers::publish(layers)?;
+        // What goes with the state that is replaced goes with it; anything else of that name is somebody else's.
+        let stale = go_together(&path, &previous);
         state.publish().map_err(file_error("create", &path))?;
-        // There is none if nothing was replaced.
-        let _ = fs::remove_file(previous);
+        if stale {
+            let _ = fs::remove_file(previous);
+        }
         Ok(())
     }
 }
@@ -86,8 +89,13 @@ impl MemoryFile {
         if request.kind == SnapshotType::Diff && path.exists() {
             let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
             let file = file.map_err(file_error("open", &path))?;
-            let usable = memory::check(&file, machine.ram.size(), None).and_then(|()| memory::hold(&file, true));
-            usable.map_err(SnapshotError::unusable(MEMORY_FILE, &path))?;
+            // Held before it is looked at: until then another process may change it.
+            let usable = memory::hold(&file, true).and_then(|()| memory::check(&file, machine.ram.size(), None));
+            let found = usable.and_then(|()| memory::identify(&file));
+            let (_, id) = found.map_err(SnapshotError::unusable(MEMORY_FILE, &path))?;
+            if !machine.follows(&file, id) {
+                return Err(SnapshotError::OtherBase(path).into());
+            }
             return Ok(Self { path, place: Place::Base(file) });
         }
         let draft = Draft::create(&path).map_err(file_error("create", &path))?;
@@ -106,9 +114,10 @@ impl MemoryFile {
     ///
     /// # Errors
     /// It cannot be written, or the machine's pages cannot be told.
-    pub fn begin(&self, machine: &Machine) -> Result<(), SnapshotError> {
+    pub fn begin(&self, machine: &mut Machine) -> Result<(), SnapshotError> {
         machine.pagemap()?;
         let Place::Base(file) = &self.place else { return Ok(()) };
+        machine.begin_merging(file).map_err(|source| self.error(memory::Error::Io("look at it", source)))?;
         memory::mark(file, machine.ram.size(), memory::NO_SNAPSHOT).map_err(|source| self.error(source))?;
         file.sync_data().map_err(|source| self.error(memory::Error::Io("write", source)))
     }

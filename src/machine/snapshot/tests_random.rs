@@ -89,6 +89,18 @@ fn lists_are_no_longer_than_a_machine_has_use_for() {
     assert_eq!((can_be(cpuid, 256), can_be(cpuid, 257)), (true, false));
     let vcpus = |count| format::decode::<State>(&forged(&state(&bus(&[]), count, false), true, &[])).is_ok();
     assert_eq!((vcpus(MAX_VCPUS), vcpus(MAX_VCPUS + 1)), (true, false));
+    let names = |bytes: &[u8]| postcard::from_bytes::<MmdsConfig>(bytes).is_ok();
+    let most = MAX_VIRTIO_DEVICES as u16;
+    assert_eq!((can_be(names, most), can_be(names, most + 1)), (true, false));
+    let devices = |count: u16| {
+        // They come last; one that is all zero takes eleven bytes.
+        let mut body = postcard::to_allocvec(&state(&bus(&[]), 0, false)).unwrap();
+        assert_eq!(body.pop(), Some(0));
+        body.push(count as u8);
+        body.resize(body.len() + 11 * usize::from(count), 0);
+        format::decode::<State>(&format::seal([0; 16], &body)).is_ok()
+    };
+    assert_eq!((devices(most), devices(most + 1)), (true, false));
 }
 
 properties! {
