@@ -136,7 +136,8 @@ impl VirtioMmio {
         let mut transport = self.lock();
         transport.device.quiesce();
         let result = change(&mut transport.device);
-        drop(transport);
+        // A reset may have waited for what was in flight.
+        self.conclude(transport, Ok(Progress::Idle));
         self.on_event(KICK);
         result
     }
@@ -185,6 +186,7 @@ impl VirtioMmio {
         let mut transport = self.lock();
         if transport.device.reset() {
             transport.complete_reset();
+            self.reset_done.notify_all();
             return;
         }
         transport.resetting = true;

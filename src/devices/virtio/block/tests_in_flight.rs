@@ -86,6 +86,35 @@ fn a_reset_that_finds_nothing_in_flight_returns_at_once() {
     assert_eq!(drive.guest.status(), 0);
 }
 
+/// A change waits for the read that the first reset waits for; the second finds nothing in flight.
+#[test]
+fn two_resets_during_a_change_of_the_drive_both_return() {
+    let Some((drive, mut disk)) = slow_drive() else { return };
+    let reset = || {
+        let mmio = Arc::clone(&drive.guest.mmio);
+        thread::spawn(move || mmio.write(0x70, &[0; 4]))
+    };
+    // Which of the two threads has the device first after the change is chance.
+    for _ in 0..200 {
+        drive.guest.boot(drive.guest.offered());
+        offer_read(&drive);
+        drive.guest.kick();
+        let first = reset();
+        while drive.guest.turn(a_while()) == 0 {}
+        disk.write_all(&[0xab; 512]).unwrap();
+        let mut second = Vec::new();
+        drive.update(|_| {
+            second = (0..4).map(|_| reset()).collect();
+            thread::sleep(Duration::from_micros(300));
+        });
+        let start = Instant::now();
+        while !first.is_finished() || second.iter().any(|vcpu| !vcpu.is_finished()) {
+            assert!(start.elapsed() < Duration::from_secs(10), "a vCPU sleeps for ever");
+            drive.guest.turn(Duration::from_millis(1));
+        }
+    }
+}
+
 #[test]
 fn a_device_that_broke_with_requests_in_flight_resets_like_any_other() {
     let Some((drive, mut disk)) = slow_drive() else { return };
