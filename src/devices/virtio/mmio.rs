@@ -142,6 +142,12 @@ impl VirtioMmio {
         result
     }
 
+    /// Changes what matters only to what is yet to begin (vmm thread); then the queues are looked at.
+    pub fn adjust(&self, change: impl FnOnce(&mut Device)) {
+        change(&mut self.lock().device);
+        self.on_event(KICK);
+    }
+
     /// Tells the guest that an update gave the device another configuration space (vmm thread).
     pub fn config_changed(&self) {
         self.lock().config_changed();

@@ -174,6 +174,23 @@ fn a_new_file_waits_for_what_is_in_flight_on_the_old_one() {
 }
 
 #[test]
+fn new_limits_wait_for_nothing() {
+    let Some((drive, mut disk)) = slow_drive() else { return };
+    let head = offer_read(&drive);
+    drive.guest.kick();
+    let (now, time_for_it) = std::sync::mpsc::channel();
+    let host = thread::spawn(move || {
+        let _ = time_for_it.recv_timeout(Duration::from_secs(1));
+        disk.write_all(&[0xab; 512]).unwrap();
+    });
+    drive.update_rate_limiter(&RateLimiterUpdate::default());
+    assert!(drive.guest.used().is_empty(), "the disk had to answer first");
+    now.send(()).unwrap();
+    assert_eq!(drive.guest.await_used(1), [(head, 513)]);
+    host.join().unwrap();
+}
+
+#[test]
 fn a_drive_that_goes_away_waits_for_the_kernel() {
     let Some((drive, mut disk)) = slow_drive() else { return };
     offer_read(&drive);
@@ -334,7 +351,7 @@ fn lifting_the_limits_wakes_a_throttled_drive() {
     drive.guest.kick();
     assert_eq!(drive.guest.used().len(), 1);
     let lift = RateLimiterUpdate { bandwidth: BucketUpdate::Keep, ops: BucketUpdate::Off };
-    drive.update(|block| block.update_rate_limiter(&lift));
+    drive.update_rate_limiter(&lift);
     assert_eq!(drive.guest.used().len(), 1);
 }
 
