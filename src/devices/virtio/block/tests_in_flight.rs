@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use super::tests::*;
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::testing::{readable, writable};
+use crate::devices::virtio::Device;
+use crate::devices::virtio::testing::{Guest, readable, writable};
 
 /// A drive whose reads wait for the pipe; `None`, visibly, where the host has no io_uring.
 fn slow_drive() -> Option<(Drive, File)> {
@@ -271,6 +272,42 @@ fn one_wake_does_a_bounded_number_of_bytes() {
     assert_eq!(drive.guest.used().len(), 4);
     drive.guest.kick();
     assert_eq!(drive.guest.used().len(), 2);
+}
+
+#[test]
+fn one_wake_does_a_bounded_part_of_a_request_that_is_in_many_pieces() {
+    for engine in engines().into_iter().filter(|engine| *engine == IoEngine::Async) {
+        let upper = tempfile::tempfile().unwrap();
+        let overlay = OverlayFiles { upper, lasting: None, fresh: false, lower: None };
+        let base = tempfile::tempfile().unwrap();
+        base.set_len(1 << 20).unwrap();
+        let backend = Backend { file: base, overlay: Some(overlay) };
+        let metrics = Arc::new(metrics::Block::default());
+        let mut block = Block::new(&drive(engine), backend, metrics).unwrap();
+        (0..2048).step_by(2).for_each(|sector| block.disk.wrote(sector * 512, 512));
+        let guest = Guest::booted(Device::Block(Box::new(block)));
+        guest.put(HEADER, &[0; 16]);
+        let head = guest.chain(&[readable(HEADER, 16), writable(DATA, 1 << 20), writable(STATUS, 1)]);
+        guest.offer(head);
+        guest.notify();
+        guest.turn(Duration::ZERO);
+        assert!(guest.used().is_empty(), "2048 reads in one wake");
+        assert_eq!(guest.await_used(1), [(head, (1 << 20) + 1)]);
+        assert_eq!(guest.get(STATUS, 1), [OK]);
+    }
+}
+
+#[test]
+fn a_request_for_more_than_a_wake_should_do_fails() {
+    for engine in engines() {
+        let drive = Drive::of_size(&drive(engine), 64 << 20);
+        let mut buffers = vec![writable(DATA, 4 << 20); 8];
+        assert_eq!(drive.request(IN, 0, &buffers), (OK, (32 << 20) + 1));
+        buffers.push(writable(DATA, 512));
+        assert_eq!(drive.request(IN, 0, &buffers), (IOERR, 1));
+        let buffers: Vec<_> = buffers.iter().map(|buffer| readable(buffer.address, buffer.length)).collect();
+        assert_eq!(drive.request(OUT, 0, &buffers), (IOERR, 1));
+    }
 }
 
 fn cpu_time() -> Duration {
