@@ -265,12 +265,14 @@ impl Block {
         let Some(head) = active.queue.pop(&mut request.buffers)? else { return Ok(None) };
         // SAFETY: the buffers are fresh from the queue, and `active` keeps it.
         let step = unsafe { request.parse(head, &self.disk, self.rules)? };
-        let (kind, length, weight) = (request.kind(), request.length(), request.weight());
+        let (kind, weight) = (request.kind(), request.weight());
+        // The host may have to write zeroes as if they were data; what a discard touches it only forgets.
+        let bytes = if kind == RequestKind::WriteZeroes { weight } else { request.length() };
         if kind == RequestKind::Flush && self.requests.announcing() {
             active.queue.undo_pop();
             return Ok(None);
         }
-        if !self.limiter.take(length) {
+        if !self.limiter.take(bytes) {
             active.queue.undo_pop();
             self.metrics.rate_limiter_throttled_events.inc();
             return Ok(None);

@@ -378,6 +378,22 @@ fn a_request_larger_than_its_bucket_passes_and_is_paid_for() {
 }
 
 #[test]
+fn zeroes_are_paid_for_like_data_and_discards_are_free() {
+    let bandwidth = TokenBucketConfig { size: 4096, refill_time_ms: 20, one_time_burst: 0 };
+    let limits = RateLimiterConfig { bandwidth: Some(bandwidth), ops: None };
+    let drive = Drive::of_size(&DriveConfig { rate_limiter: limits, ..drive(IoEngine::Sync) }, 1 << 20);
+    drive.segment(0, 0, 64, 0);
+    for _ in 0..3 {
+        assert_eq!(drive.request(DISCARD, 0, &[readable(DATA, 16)]), (OK, 1));
+    }
+    let start = Instant::now();
+    assert_eq!(drive.request(WRITE_ZEROES, 0, &[readable(DATA, 16)]), (OK, 1));
+    assert_eq!(drive.metrics.rate_limiter_throttled_events.get(), 0, "a full bucket lets it through");
+    assert_eq!(drive.request(IN, 0, &[writable(DATA, 512)]), (OK, 513));
+    assert!(start.elapsed() >= Duration::from_millis(140), "seven buckets of debt: {:?}", start.elapsed());
+}
+
+#[test]
 fn lifting_the_limits_wakes_a_throttled_drive() {
     use crate::config::BucketUpdate;
     let ops = TokenBucketConfig { size: 1, refill_time_ms: 86_400_000, one_time_burst: 0 };
