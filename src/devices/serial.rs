@@ -108,6 +108,10 @@ impl Serial {
         self.state = SerialState { ier: state.ier & IER_MASK, mcr: state.mcr & MCR_MASK, ..state.clone() };
         self.state.input.truncate(INPUT_CAPACITY);
         self.output.clear();
+        // What the host has left was to wait for the guest to read what is no longer there.
+        if std::mem::take(&mut self.input_waits) {
+            self.wake_vmm();
+        }
         // An interrupt may have been on its way into the interrupt controller, and a driver that waited for room has it
         // now; one too many is harmless.
         self.raise_transmitter();
@@ -374,6 +378,19 @@ mod tests {
         }
         assert!(fired(serial.wake_fd()), "the vmm thread may offer more");
         assert_eq!(serial.read(LSR) & LSR_DATA_READY, 0);
+    }
+
+    /// What the guest had not read, which the vmm thread waits for, is gone with the reset.
+    #[test]
+    fn input_that_waits_on_the_host_is_asked_for_after_a_reset() {
+        let (mut serial, _) = serial();
+        let state = serial.save();
+        serial.offer_input(&[b'a'; 1000]);
+        assert!(!serial.want_input());
+        serial.restore(&state);
+        assert!(fired(serial.wake_fd()));
+        serial.restore(&state);
+        assert!(!fired(serial.wake_fd()), "nobody waits");
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub fn update_drive(config: &mut VmConfig, machine: Option<&Machine>, update: &D
         drive.path_on_host.clone_from(path);
     }
     if let Some(limits) = &update.rate_limiter {
-        device.update(|device| {
+        device.adjust(|device| {
             if let Device::Block(block) = device {
                 block.update_rate_limiter(limits);
             }
@@ -115,7 +115,7 @@ pub fn update_interface(config: &mut VmConfig, machine: Option<&Machine>, update
     let unknown = || Refusal(format!("iface_id {:?} names no interface: see GET /vm/config", update.iface_id));
     let position = config.network_interfaces.iter().position(|i| i.iface_id == update.iface_id).ok_or_else(unknown)?;
     let device = device_at(machine, config.drives.len() + position).ok_or_else(unknown)?;
-    device.update(|device| {
+    device.adjust(|device| {
         if let Device::Net(net) = device {
             net.update_rate_limiters(update);
         }

@@ -13,6 +13,7 @@ use crate::boot::kernel;
 use crate::config::{BootSource, DriveConfig, HostDevice, NetConfig, OverlayConfig, VmConfig};
 use crate::devices::virtio::block::{Backend, OverlayFiles};
 use crate::devices::virtio::net::Tap;
+use crate::os::checked;
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::{Grants, restricts_paths};
 
@@ -166,10 +167,14 @@ pub fn open_image(what: &'static str, path: &Path) -> Result<File, Error> {
 /// Opens a regular file, or a block device if that will do as well.
 fn open(options: &mut OpenOptions, what: &'static str, path: &Path, or_device: bool) -> Result<File, Error> {
     let fail = |source| unopened(what, path, source);
-    // Without O_NONBLOCK a FIFO would hold up the vmm thread; regular files do not care.
+    // Without O_NONBLOCK a FIFO would hold up the vmm thread.
     let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
     let kind = file.metadata().map_err(fail)?.file_type();
     if kind.is_file() || or_device && kind.is_block_device() {
+        // io_uring heeds the flag on any file: where the file system or the disk below cannot tell whether it would
+        // wait, every request would end with EAGAIN.
+        // SAFETY: the call takes no memory.
+        checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) }).map_err(fail)?;
         return Ok(file);
     }
     let wanted = if or_device { "it must be a regular file or a block device" } else { "it must be a regular file" };
@@ -182,5 +187,29 @@ fn unopened(what: &'static str, path: &Path, source: io::Error) -> Error {
             Error::OutOfReach { what, path: path.to_owned(), source }
         }
         _ => Error::Open { what, path: path.to_owned(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// io_uring would take the flag for a wish not to wait for the disk.
+    #[test]
+    fn what_a_drive_works_on_waits_for_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        std::fs::write(&base, [0; 512]).unwrap();
+        let overlay = |layer_path| OverlayConfig { layer_path, fresh: false, lower: Some((base.clone(), [0; 16])) };
+        let mut files = vec![open_drive(&base, true).unwrap(), open_drive(&base, false).unwrap()];
+        for layer_path in [None, Some(dir.path().join("layer"))] {
+            let overlay = open_overlay(&overlay(layer_path)).unwrap();
+            files.extend([overlay.upper, overlay.lower.unwrap().0].into_iter().chain(overlay.lasting));
+        }
+        for file in &files {
+            // SAFETY: the call takes no memory.
+            let flags = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) }).unwrap();
+            assert_eq!(flags as i32 & libc::O_NONBLOCK, 0, "{file:?}");
+        }
     }
 }

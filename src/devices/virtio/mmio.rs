@@ -136,9 +136,16 @@ impl VirtioMmio {
         let mut transport = self.lock();
         transport.device.quiesce();
         let result = change(&mut transport.device);
-        drop(transport);
+        // A reset may have waited for what was in flight.
+        self.conclude(transport, Ok(Progress::Idle));
         self.on_event(KICK);
         result
+    }
+
+    /// Changes what matters only to what is yet to begin (vmm thread); then the queues are looked at.
+    pub fn adjust(&self, change: impl FnOnce(&mut Device)) {
+        change(&mut self.lock().device);
+        self.on_event(KICK);
     }
 
     /// Tells the guest that an update gave the device another configuration space (vmm thread).
@@ -185,6 +192,7 @@ impl VirtioMmio {
         let mut transport = self.lock();
         if transport.device.reset() {
             transport.complete_reset();
+            self.reset_done.notify_all();
             return;
         }
         transport.resetting = true;

@@ -75,3 +75,25 @@ pub fn modify(vcpu: &VcpuFd, modifiers: &[MsrModifier]) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+    use crate::config::BitMap;
+
+    const EFER: u32 = 0xc000_0080;
+
+    #[test]
+    fn a_value_that_an_msr_cannot_have_is_refused_by_its_number() {
+        let vcpu = match Kvm::new().and_then(|kvm| kvm.create_vm()).and_then(|vm| vm.create_vcpu(0)) {
+            Ok(vcpu) => vcpu,
+            Err(error) => return eprintln!("SKIPPED: KVM: {error}"),
+        };
+        let modifier = |value| MsrModifier { address: EFER, bitmap: BitMap { mask: 1 << 63, value, width: 64 } };
+        modify(&vcpu, &[modifier(0)]).unwrap();
+        let refused = modify(&vcpu, &[modifier(0), modifier(1 << 63)]);
+        assert!(matches!(refused, Err(Error::Msr(EFER))), "{refused:?}");
+    }
+}

@@ -86,7 +86,7 @@ impl VcpuState {
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(ioctl("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
-        let (_, others) = self.split_msrs();
+        let (_, others) = split_msrs(&self.msrs);
         write_msrs(vcpu, others)
     }
 
@@ -97,15 +97,9 @@ impl VcpuState {
     /// KVM refuses.
     pub fn restore_time(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         vcpu.set_lapic(&self.lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-        let (timed, _) = self.split_msrs();
+        let (timed, _) = split_msrs(&self.msrs);
         write_msrs(vcpu, timed)?;
         vcpu.set_vcpu_events(&self.events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))
-    }
-
-    /// The MSRs that go on by themselves, in order, and the others.
-    fn split_msrs(&self) -> (&[Msr], &[Msr]) {
-        let count = self.msrs.iter().take_while(|(index, _)| is_timed(*index)).count();
-        self.msrs.split_at(count)
     }
 
     /// The guest's TSC goes on at the rate it knows.
@@ -125,7 +119,7 @@ pub fn host_cpu() -> [u32; 4] {
     [maker.ebx, maker.edx, maker.ecx, __cpuid(1).eax]
 }
 
-/// Reads what can be read of `indices`, the TSC before the deadline that is compared with it.
+/// Reads what can be read of `indices`, in the order in which it is to be set.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Error> {
     let mut found = Vec::with_capacity(indices.len());
     let mut rest = indices;
@@ -139,6 +133,11 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Error> {
         let skipped = usize::from(count < chunk.len());
         rest = &rest[count + skipped..];
     }
+    Ok(ordered(found))
+}
+
+/// The TSC before the deadline that is compared with it, and both before the others.
+fn ordered(mut found: Vec<Msr>) -> Vec<Msr> {
     let tsc = found.iter().find(|(index, _)| *index == IA32_TSC).map_or(0, |(_, tsc)| *tsc);
     for (index, value) in &mut found {
         // A deadline that has just passed reads as 0, and setting 0 would switch the timer off: let
@@ -152,7 +151,13 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Error> {
         IA32_TSC_DEADLINE => 1,
         _ => 2,
     });
-    Ok(found)
+    found
+}
+
+/// The MSRs that go on by themselves, in order, and the others.
+fn split_msrs(msrs: &[Msr]) -> (&[Msr], &[Msr]) {
+    let count = msrs.iter().take_while(|(index, _)| is_timed(*index)).count();
+    msrs.split_at(count)
 }
 
 fn is_timed(msr: u32) -> bool {
@@ -178,4 +183,56 @@ fn write_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), Error> {
         rest = &rest[count + 1..];
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    const EFER: u32 = 0xc000_0080;
+    const STAR: u32 = 0xc000_0081;
+    const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    const PERF_STATUS: u32 = 0x198;
+
+    #[test]
+    fn the_tsc_is_set_before_the_deadline_that_is_compared_with_it_and_both_apart_from_the_others() {
+        let found = vec![(STAR, 1), (IA32_TSC_DEADLINE, 700), (EFER, 2), (IA32_TSC, 500)];
+        let msrs = ordered(found);
+        assert_eq!(msrs, [(IA32_TSC, 500), (IA32_TSC_DEADLINE, 700), (STAR, 1), (EFER, 2)]);
+        assert_eq!(split_msrs(&msrs), (&msrs[..2], &msrs[2..]));
+        assert_eq!(split_msrs(&msrs[2..]), (&[][..], &msrs[2..]));
+        assert_eq!(split_msrs(&[]), (&[][..], &[][..]));
+    }
+
+    #[test]
+    fn a_deadline_that_has_just_passed_passes_again() {
+        let msrs = ordered(vec![(IA32_TSC_DEADLINE, 0), (STAR, 0), (IA32_TSC, 500)]);
+        assert_eq!(msrs, [(IA32_TSC, 500), (IA32_TSC_DEADLINE, 500), (STAR, 0)]);
+    }
+
+    /// A vCPU, if this host makes one.
+    fn vcpu() -> Option<VcpuFd> {
+        let vcpu = Kvm::new().and_then(|kvm| kvm.create_vm()).and_then(|vm| vm.create_vcpu(0));
+        vcpu.inspect_err(|error| eprintln!("SKIPPED: KVM: {error}")).ok()
+    }
+
+    #[test]
+    fn an_msr_that_kvm_refuses_is_named() {
+        let Some(vcpu) = vcpu() else { return };
+        let refused = write_msrs(&vcpu, &[(KERNEL_GS_BASE, 0x1000), (EFER, 1 << 63), (STAR, 0)]);
+        assert_eq!(refused.unwrap_err().to_string(), "KVM refused to set MSR 0xc0000080");
+        assert_eq!(read_msrs(&vcpu, &[KERNEL_GS_BASE]).unwrap(), [(KERNEL_GS_BASE, 0x1000)]);
+    }
+
+    #[test]
+    fn an_msr_that_can_only_be_read_is_no_obstacle_if_it_is_the_same() {
+        let Some(vcpu) = vcpu() else { return };
+        let status = read_msrs(&vcpu, &[PERF_STATUS]).unwrap()[0];
+        write_msrs(&vcpu, &[status, (KERNEL_GS_BASE, 0x1000)]).unwrap();
+        assert_eq!(read_msrs(&vcpu, &[KERNEL_GS_BASE]).unwrap(), [(KERNEL_GS_BASE, 0x1000)]);
+        let refused = write_msrs(&vcpu, &[(PERF_STATUS, !status.1)]);
+        assert!(matches!(refused, Err(Error::Msr(PERF_STATUS))), "{refused:?}");
+    }
 }

@@ -51,6 +51,8 @@ const ASYNC_DEPTH: u16 = 128;
 const MAX_REQUESTS_PER_WAKE: usize = 64;
 /// See [`MAX_REQUESTS_PER_WAKE`].
 const MAX_BYTES_PER_WAKE: u64 = 16 << 20;
+/// See [`MAX_REQUESTS_PER_WAKE`]. A request has a completion for each piece that is in another layer.
+const MAX_COMPLETIONS_AT_ONCE: usize = 256;
 
 /// Source tags.
 const RATE_LIMITER: u8 = 1;
@@ -263,12 +265,14 @@ impl Block {
         let Some(head) = active.queue.pop(&mut request.buffers)? else { return Ok(None) };
         // SAFETY: the buffers are fresh from the queue, and `active` keeps it.
         let step = unsafe { request.parse(head, &self.disk, self.rules)? };
-        let (kind, length, weight) = (request.kind(), request.length(), request.weight());
+        let (kind, weight) = (request.kind(), request.weight());
+        // The host may have to write zeroes as if they were data; what a discard touches it only forgets.
+        let bytes = if kind == RequestKind::WriteZeroes { weight } else { request.length() };
         if kind == RequestKind::Flush && self.requests.announcing() {
             active.queue.undo_pop();
             return Ok(None);
         }
-        if !self.limiter.take(length) {
+        if !self.limiter.take(bytes) {
             active.queue.undo_pop();
             self.metrics.rate_limiter_throttled_events.inc();
             return Ok(None);
@@ -317,18 +321,27 @@ impl Block {
         active.queue.add_used(head, written);
     }
 
-    /// Exchanges with the host what was started for what is completed. Returns whether the host
-    /// refused to take something and must be asked again.
+    /// Exchanges with the host what was started for what is completed. Returns whether there is more: it was much, or
+    /// the host refused to take something and must be asked again.
     fn exchange(&mut self) -> bool {
+        let mut completions = 0;
         while self.requests.in_use() > 0 {
             if let Err(error) = self.engine.submit() {
                 warn_limited!("drive {}: io_uring takes no requests: {error}", self.drive_id);
                 return true;
             }
-            let Some((token, result)) = self.engine.completed() else { break };
-            self.complete(token, result);
-            while let Some((token, result)) = self.engine.completed() {
+            let before = completions;
+            while completions < MAX_COMPLETIONS_AT_ONCE
+                && let Some((token, result)) = self.engine.completed()
+            {
                 self.complete(token, result);
+                completions += 1;
+            }
+            if completions == MAX_COMPLETIONS_AT_ONCE {
+                return true;
+            }
+            if completions == before {
+                break;
             }
         }
         false
@@ -397,14 +410,14 @@ impl VirtioDevice for Block {
             COMPLETION => {}
             _ => self.metrics.queue_event_count.inc(),
         }
-        let mut refused = self.exchange();
+        let mut more = self.exchange();
         let mut progress = Progress::Idle;
         if !self.limiter.is_throttled() {
             progress = self.take_requests()?;
-            refused |= self.exchange();
+            more |= self.exchange();
         }
         self.announce();
-        Ok(if refused { Progress::More } else { progress })
+        Ok(if more { Progress::More } else { progress })
     }
 
     fn sources(&self) -> Vec<Source> {

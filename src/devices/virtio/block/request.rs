@@ -26,6 +26,8 @@ pub(super) enum Status {
     Unsupported = VIRTIO_BLK_S_UNSUPP as isize,
 }
 
+/// Most bytes one request transfers: eight times what the largest of Linux does unless it is told otherwise.
+pub(super) const MAX_TRANSFER: u64 = 32 << 20;
 /// Most segments of one discard.
 pub(super) const MAX_DISCARD_SEGMENTS: u32 = 16;
 /// Most sectors of one segment of a discard: 2 GiB.
@@ -212,7 +214,8 @@ impl Request {
     }
 
     fn begin_transfer(&mut self, sector: u64, length: u64, disk: &Disk) -> Step {
-        let Some(offset) = disk.offset(sector, length).filter(|_| length.is_multiple_of(SECTOR_SIZE)) else {
+        let whole = length.is_multiple_of(SECTOR_SIZE) && length <= MAX_TRANSFER;
+        let Some(offset) = disk.offset(sector, length).filter(|_| whole) else {
             return Step::Done(Status::IoError);
         };
         self.offset = offset;

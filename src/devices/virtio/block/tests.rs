@@ -78,6 +78,13 @@ impl Drive {
         })
     }
 
+    pub(super) fn update_rate_limiter(&self, update: &RateLimiterUpdate) {
+        self.guest.mmio.adjust(|device| match device {
+            Device::Block(block) => block.update_rate_limiter(update),
+            _ => unreachable!(),
+        });
+    }
+
     pub(super) fn header(&self, kind: u32, sector: u64) {
         self.guest.put(HEADER, &kind.to_le_bytes());
         self.guest.put(HEADER + 4, &[0; 4]);

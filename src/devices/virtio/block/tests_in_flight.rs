@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use super::tests::*;
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::testing::{readable, writable};
+use crate::devices::virtio::Device;
+use crate::devices::virtio::testing::{Guest, readable, writable};
 
 /// A drive whose reads wait for the pipe; `None`, visibly, where the host has no io_uring.
 fn slow_drive() -> Option<(Drive, File)> {
@@ -86,6 +87,35 @@ fn a_reset_that_finds_nothing_in_flight_returns_at_once() {
     assert_eq!(drive.guest.status(), 0);
 }
 
+/// A change waits for the read that the first reset waits for; the second finds nothing in flight.
+#[test]
+fn two_resets_during_a_change_of_the_drive_both_return() {
+    let Some((drive, mut disk)) = slow_drive() else { return };
+    let reset = || {
+        let mmio = Arc::clone(&drive.guest.mmio);
+        thread::spawn(move || mmio.write(0x70, &[0; 4]))
+    };
+    // Which of the two threads has the device first after the change is chance.
+    for _ in 0..200 {
+        drive.guest.boot(drive.guest.offered());
+        offer_read(&drive);
+        drive.guest.kick();
+        let first = reset();
+        while drive.guest.turn(a_while()) == 0 {}
+        disk.write_all(&[0xab; 512]).unwrap();
+        let mut second = Vec::new();
+        drive.update(|_| {
+            second = (0..4).map(|_| reset()).collect();
+            thread::sleep(Duration::from_micros(300));
+        });
+        let start = Instant::now();
+        while !first.is_finished() || second.iter().any(|vcpu| !vcpu.is_finished()) {
+            assert!(start.elapsed() < Duration::from_secs(10), "a vCPU sleeps for ever");
+            drive.guest.turn(Duration::from_millis(1));
+        }
+    }
+}
+
 #[test]
 fn a_device_that_broke_with_requests_in_flight_resets_like_any_other() {
     let Some((drive, mut disk)) = slow_drive() else { return };
@@ -142,6 +172,23 @@ fn a_new_file_waits_for_what_is_in_flight_on_the_old_one() {
     host.join().unwrap();
     assert_eq!(drive.guest.used().len(), 1);
     assert_eq!(drive.guest.get(DATA, 512), [0xab; 512]);
+}
+
+#[test]
+fn new_limits_wait_for_nothing() {
+    let Some((drive, mut disk)) = slow_drive() else { return };
+    let head = offer_read(&drive);
+    drive.guest.kick();
+    let (now, time_for_it) = std::sync::mpsc::channel();
+    let host = thread::spawn(move || {
+        let _ = time_for_it.recv_timeout(Duration::from_secs(1));
+        disk.write_all(&[0xab; 512]).unwrap();
+    });
+    drive.update_rate_limiter(&RateLimiterUpdate::default());
+    assert!(drive.guest.used().is_empty(), "the disk had to answer first");
+    now.send(()).unwrap();
+    assert_eq!(drive.guest.await_used(1), [(head, 513)]);
+    host.join().unwrap();
 }
 
 #[test]
@@ -227,6 +274,42 @@ fn one_wake_does_a_bounded_number_of_bytes() {
     assert_eq!(drive.guest.used().len(), 2);
 }
 
+#[test]
+fn one_wake_does_a_bounded_part_of_a_request_that_is_in_many_pieces() {
+    for engine in engines().into_iter().filter(|engine| *engine == IoEngine::Async) {
+        let upper = tempfile::tempfile().unwrap();
+        let overlay = OverlayFiles { upper, lasting: None, fresh: false, lower: None };
+        let base = tempfile::tempfile().unwrap();
+        base.set_len(1 << 20).unwrap();
+        let backend = Backend { file: base, overlay: Some(overlay) };
+        let metrics = Arc::new(metrics::Block::default());
+        let mut block = Block::new(&drive(engine), backend, metrics).unwrap();
+        (0..2048).step_by(2).for_each(|sector| block.disk.wrote(sector * 512, 512));
+        let guest = Guest::booted(Device::Block(Box::new(block)));
+        guest.put(HEADER, &[0; 16]);
+        let head = guest.chain(&[readable(HEADER, 16), writable(DATA, 1 << 20), writable(STATUS, 1)]);
+        guest.offer(head);
+        guest.notify();
+        guest.turn(Duration::ZERO);
+        assert!(guest.used().is_empty(), "2048 reads in one wake");
+        assert_eq!(guest.await_used(1), [(head, (1 << 20) + 1)]);
+        assert_eq!(guest.get(STATUS, 1), [OK]);
+    }
+}
+
+#[test]
+fn a_request_for_more_than_a_wake_should_do_fails() {
+    for engine in engines() {
+        let drive = Drive::of_size(&drive(engine), 64 << 20);
+        let mut buffers = vec![writable(DATA, 4 << 20); 8];
+        assert_eq!(drive.request(IN, 0, &buffers), (OK, (32 << 20) + 1));
+        buffers.push(writable(DATA, 512));
+        assert_eq!(drive.request(IN, 0, &buffers), (IOERR, 1));
+        let buffers: Vec<_> = buffers.iter().map(|buffer| readable(buffer.address, buffer.length)).collect();
+        assert_eq!(drive.request(OUT, 0, &buffers), (IOERR, 1));
+    }
+}
+
 fn cpu_time() -> Duration {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: the structure is the size the kernel expects.
@@ -295,6 +378,22 @@ fn a_request_larger_than_its_bucket_passes_and_is_paid_for() {
 }
 
 #[test]
+fn zeroes_are_paid_for_like_data_and_discards_are_free() {
+    let bandwidth = TokenBucketConfig { size: 4096, refill_time_ms: 20, one_time_burst: 0 };
+    let limits = RateLimiterConfig { bandwidth: Some(bandwidth), ops: None };
+    let drive = Drive::of_size(&DriveConfig { rate_limiter: limits, ..drive(IoEngine::Sync) }, 1 << 20);
+    drive.segment(0, 0, 64, 0);
+    for _ in 0..3 {
+        assert_eq!(drive.request(DISCARD, 0, &[readable(DATA, 16)]), (OK, 1));
+    }
+    let start = Instant::now();
+    assert_eq!(drive.request(WRITE_ZEROES, 0, &[readable(DATA, 16)]), (OK, 1));
+    assert_eq!(drive.metrics.rate_limiter_throttled_events.get(), 0, "a full bucket lets it through");
+    assert_eq!(drive.request(IN, 0, &[writable(DATA, 512)]), (OK, 513));
+    assert!(start.elapsed() >= Duration::from_millis(140), "seven buckets of debt: {:?}", start.elapsed());
+}
+
+#[test]
 fn lifting_the_limits_wakes_a_throttled_drive() {
     use crate::config::BucketUpdate;
     let ops = TokenBucketConfig { size: 1, refill_time_ms: 86_400_000, one_time_burst: 0 };
@@ -305,7 +404,7 @@ fn lifting_the_limits_wakes_a_throttled_drive() {
     drive.guest.kick();
     assert_eq!(drive.guest.used().len(), 1);
     let lift = RateLimiterUpdate { bandwidth: BucketUpdate::Keep, ops: BucketUpdate::Off };
-    drive.update(|block| block.update_rate_limiter(&lift));
+    drive.update_rate_limiter(&lift);
     assert_eq!(drive.guest.used().len(), 1);
 }
 

@@ -185,7 +185,7 @@ impl Cable {
     }
 
     fn update(&self, update: &NetUpdate) {
-        self.guest.mmio.update(|device| match device {
+        self.guest.mmio.adjust(|device| match device {
             Device::Net(net) => net.update_rate_limiters(update),
             _ => unreachable!(),
         });
