@@ -242,9 +242,10 @@ async fn connection(server: Arc<Server>, mut stream: UnixStream, busy: bool, mut
                 turn.send_replace(Turn::Answer);
                 let (head, mut body) = request.into_parts();
                 let response = if busy { turn_away() } else { server.answer(&head, &mut body).await };
-                // A reply without a length ends with the connection.
                 let is_whole = matches!(response.body(), Reply::Whole(_));
-                is_kept.store(!busy && is_whole && is_unaware_of_keep_alive(&head), Ordering::Relaxed);
+                // A reply without a length ends with the connection, and what is left of a body is no request.
+                let may_be_kept = !busy && is_whole && body.is_end_stream();
+                is_kept.store(may_be_kept && is_unaware_of_keep_alive(&head), Ordering::Relaxed);
                 if is_whole {
                     turn.send_replace(Turn::Next);
                 }

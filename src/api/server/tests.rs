@@ -255,6 +255,26 @@ fn the_client_that_has_been_silent_for_longest_gives_up_its_place() {
 }
 
 #[test]
+fn what_is_left_of_an_old_clients_body_is_no_request() {
+    let api = Api::new(Limits { max_payload: 64, body_timeout: Duration::from_millis(50), ..Limits::default() });
+    let inner = "GET /version HTTP/1.0\r\n\r\n";
+    let mut late = api.connect();
+    late.send(format!("PUT /mmds HTTP/1.0\r\nContent-Length: {}\r\n\r\n{{", 1 + inner.len()));
+    assert_eq!(late.reply().0, 400);
+    let _ = late.stream.write_all(inner.as_bytes());
+    assert_eq!(late.rest(), "");
+
+    let mut long = api.connect();
+    let body = " ".repeat(64 + DRAIN + (64 << 10));
+    long.send(format!("PUT /mmds HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len() + inner.len()));
+    let _ = long.stream.write_all(body.as_bytes());
+    let _ = long.stream.write_all(inner.as_bytes());
+    let mut replies = Vec::new();
+    let _ = long.stream.read_to_end(&mut replies);
+    assert!(!String::from_utf8_lossy(&replies).contains(" 200 "));
+}
+
+#[test]
 fn a_crowd_of_silent_connections_does_not_lock_the_others_out() {
     let limits = Limits { connections: 1, head_timeout: Duration::from_millis(200), ..Limits::default() };
     let api = Api::new(limits);
