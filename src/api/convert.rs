@@ -384,6 +384,16 @@ impl TryFrom<types::SnapshotCreateParams> for config::SnapshotCreate {
     }
 }
 
+/// `None` for those of the snapshot.
+fn other_pages(pages: types::SnapshotHugePages) -> Option<config::HugePages> {
+    match pages {
+        types::SnapshotHugePages::Snapshot => None,
+        types::SnapshotHugePages::None => Some(config::HugePages::None),
+        types::SnapshotHugePages::Transparent => Some(config::HugePages::Transparent),
+        types::SnapshotHugePages::Size2M => Some(config::HugePages::Size2M),
+    }
+}
+
 impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
     type Error = ConfigError;
 
@@ -403,7 +413,7 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             drive_overrides: body.drive_overrides.into_iter().map(Into::into).collect(),
             vsock_override: body.vsock_override.map(|over| over.uds_path),
             clock_realtime: body.clock_realtime,
-            huge_pages: body.huge_pages.map(Into::into),
+            huge_pages: body.huge_pages.and_then(other_pages),
             working_set_path: body.working_set_path,
         }
         .checked()

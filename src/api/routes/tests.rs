@@ -186,6 +186,32 @@ fn a_load_names_its_memory_once() {
 }
 
 #[test]
+fn a_load_keeps_the_pages_of_the_snapshot_unless_it_names_others() {
+    for (pages, expected) in [
+        ("null", None),
+        (r#""Snapshot""#, None),
+        (r#""None""#, Some(HugePages::None)),
+        (r#""Transparent""#, Some(HugePages::Transparent)),
+        (r#""2M""#, Some(HugePages::Size2M)),
+    ] {
+        let body = format!(r#"{{"snapshot_path":"s","mem_file_path":"m","huge_pages":{pages}}}"#);
+        let Command::LoadSnapshot(request) = command(Method::PUT, "/snapshot/load", &body) else { panic!("{body}") };
+        assert_eq!(request.huge_pages, expected, "{body}");
+    }
+}
+
+#[test]
+fn files_that_need_not_be_synced_are_synced_all_the_same() {
+    let create = |sync| format!(r#"{{"snapshot_path":"s","mem_file_path":"m"{sync}}}"#);
+    for sync in ["", r#","sync_snapshot_files":true"#, r#","sync_snapshot_files":false"#] {
+        assert!(
+            matches!(command(Method::PUT, "/snapshot/create", &create(sync)), Command::CreateSnapshot(_)),
+            "{sync}"
+        );
+    }
+}
+
+#[test]
 fn actions_and_states_are_commands() {
     let action = |name| command(Method::PUT, "/actions", &format!(r#"{{"action_type":"{name}"}}"#));
     assert!(matches!(action("InstanceStart"), Command::Start));
