@@ -408,7 +408,7 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             backend_path,
             backend,
             resume_vm: body.resume_vm,
-            track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
+            track_dirty_pages: body.track_dirty_pages == Some(true) || body.enable_diff_snapshots == Some(true),
             network_overrides: body.network_overrides.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             drive_overrides: body.drive_overrides.into_iter().map(Into::into).collect(),
             vsock_override: body.vsock_override.map(|over| over.uds_path),

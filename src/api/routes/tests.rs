@@ -201,6 +201,22 @@ fn a_load_keeps_the_pages_of_the_snapshot_unless_it_names_others() {
 }
 
 #[test]
+fn dirty_pages_are_tracked_if_either_name_of_the_field_says_so() {
+    for (fields, tracked, deprecated) in [
+        (r#""track_dirty_pages":false"#, false, false),
+        (r#""track_dirty_pages":true,"enable_diff_snapshots":false"#, true, false),
+        (r#""track_dirty_pages":false,"enable_diff_snapshots":true"#, true, true),
+        (r#""enable_diff_snapshots":true"#, true, true),
+    ] {
+        let body =
+            format!(r#"{{"snapshot_path":"s","mem_backend":{{"backend_type":"File","backend_path":"m"}},{fields}}}"#);
+        let Ok(Action::Ask(ask)) = route(&Method::PUT, "/snapshot/load", body.as_bytes()) else { panic!("{body}") };
+        let Command::LoadSnapshot(request) = ask.command else { panic!("{body}") };
+        assert_eq!((request.track_dirty_pages, ask.deprecated), (tracked, deprecated), "{body}");
+    }
+}
+
+#[test]
 fn files_that_need_not_be_synced_are_synced_all_the_same() {
     let create = |sync| format!(r#"{{"snapshot_path":"s","mem_file_path":"m"{sync}}}"#);
     for sync in ["", r#","sync_snapshot_files":true"#, r#","sync_snapshot_files":false"#] {
