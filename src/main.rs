@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
-use vesicle::config::MetricsConfig;
+use vesicle::config::{LoggerConfig, MetricsConfig};
 use vesicle::control::{self, Command, CommandSender, Reply, Subscription};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
@@ -162,7 +162,10 @@ fn prepare(options: &Options, host: Host) -> Result<Prepared, Box<dyn std::error
 
 /// What the command line and the configuration file say, as the API would say it; the start is not part of it.
 fn configure(vmm: &mut Vmm, options: &Options) {
-    let mut commands = vec![Command::SetLogger(options.logger.clone())];
+    let mut commands = Vec::new();
+    if options.logger != LoggerConfig::default() {
+        commands.push(Command::SetLogger(options.logger.clone()));
+    }
     commands.extend(options.metrics_path.clone().map(|metrics_path| {
         Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
     }));

@@ -569,9 +569,10 @@ fn a_log_is_filtered_by_level_and_module_and_says_where_its_lines_come_from() {
     assert!(lines.contains(":api:DEBUG:src/api/server.rs:") && lines.contains("] GET /version: 200\n"), "{lines}");
     assert!(lines.contains(":api:WARN:src/api/server.rs:"), "{lines}");
     for (body, count) in [
-        (json!({ "module": "vesicle::machine" }), 0),
-        (json!({ "module": "vesicle::api::ser" }), 2),
-        (json!({ "module": "vesicle::api::server::x" }), 0),
+        (json!({ "module": "vesicle::machine", "level": "Debug" }), 0),
+        (json!({ "module": "vesicle::api::ser", "level": "Debug" }), 2),
+        (json!({ "show_level": true }), 1),
+        (json!({ "module": "vesicle::api::server::x", "level": "Debug" }), 0),
         (json!({ "module": "vesicle", "level": "Error" }), 0),
         (json!({ "level": "Off" }), 0),
         (json!({ "level": "Trace" }), 2),
@@ -583,6 +584,13 @@ fn a_log_is_filtered_by_level_and_module_and_says_where_its_lines_come_from() {
         assert_eq!(lines.lines().count(), count, "{body}: {lines}");
     }
     assert!(refused(&socket, "PUT", "/logger", &json!({ "level": "Loud" })).contains("Loud"));
+    let shown = get(&socket, "/vm/config");
+    let expected = json!({
+        "log_path": log, "level": "Warning", "show_level": true, "show_log_origin": true, "module": "vesicle"
+    });
+    assert_eq!(shown["logger"], expected);
+    let process = Process::start(&["--level", "Error"]);
+    assert_eq!(get(&process.socket(), "/vm/config")["logger"], Value::Null);
 }
 
 #[test]

@@ -357,7 +357,8 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
             network_interfaces: config.network_interfaces.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(Into::into),
             serial: config.serial.as_ref().map(Into::into),
-            logger: config.logger.as_ref().map(Into::into),
+            // Published clients take the path for granted.
+            logger: config.logger.as_ref().filter(|logger| logger.log_path.is_some()).map(Into::into),
             metrics: config.metrics.as_ref().map(Into::into),
             mmds_config: config.mmds.as_ref().map(Into::into),
             ..Self::default()

@@ -1,5 +1,7 @@
 //! The routes as a client sees them.
 
+use serde_json::json;
+
 use super::*;
 use crate::config::*;
 use crate::control::MachineUpdate;
@@ -266,7 +268,7 @@ fn a_cpu_configuration_is_read_as_it_is_published() {
 
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, body).unwrap();
-    let config = serde_json::json!({ "cpu-config": file.path() }).to_string();
+    let config = json!({ "cpu-config": file.path() }).to_string();
     let commands = config_commands(config.as_bytes()).unwrap();
     assert!(matches!(&commands[..], [Command::SetCpu(read)] if *read == cpu));
 
@@ -399,6 +401,24 @@ fn a_published_configuration_file_is_understood() {
 }
 
 #[test]
+fn a_log_is_shown_as_all_requests_together_left_it_if_it_has_a_path() {
+    let put = |body: &str, before: Option<LoggerConfig>| {
+        let Command::SetLogger(logger) = command(Method::PUT, "/logger", body) else { panic!("{body}") };
+        Some(logger.over(before.unwrap_or_default()))
+    };
+    let shown = |logger: &Option<LoggerConfig>| {
+        let config = VmConfig { logger: logger.clone(), ..Default::default() };
+        json!(types::FullVmConfiguration::from(&config))["logger"].clone()
+    };
+    let logger = put(r#"{"level":"Error","module":"vesicle"}"#, None);
+    assert!(shown(&logger).is_null());
+    let logger = put(r#"{"log_path":"/x","level":"Debug"}"#, logger);
+    let logger = put(r#"{"show_level":true}"#, logger);
+    let expected = json!({"log_path":"/x","level":null,"show_level":true,"show_log_origin":null,"module":"vesicle"});
+    assert_eq!(shown(&logger), expected);
+}
+
+#[test]
 fn a_configuration_file_with_what_is_not_there_is_refused() {
     for (file, named) in [
         (r#"{"network-interfaces": [{}]}"#, "missing field `iface_id`"),
@@ -432,7 +452,7 @@ fn the_shown_configuration_names_everything_published_clients_look_for() {
     };
     config.set_drive(*drive).unwrap();
     let shown: serde_json::Value = serde_json::from_slice(&full_config(&config)).unwrap();
-    let expected = serde_json::json!({
+    let expected = json!({
         "boot-source": null, "cpu-config": null, "logger": null, "metrics": null, "serial": null, "balloon": null,
         "mmds-config": null, "vsock": null, "entropy": null, "memory-hotplug": null, "pmem": [],
         "network-interfaces": [],
