@@ -105,6 +105,11 @@ impl LoggerConfig {
     }
 }
 
+/// Whether the log goes elsewhere than to standard error.
+pub fn has_file() -> bool {
+    DESTINATION.load(Ordering::Relaxed) != libc::STDERR_FILENO
+}
+
 /// Writes a line without locks, for a signal handler: no time, no name.
 pub fn write_in_handler(line: &[u8]) {
     // SAFETY: `write` is async-signal-safe, and the line is valid for reading. Nobody is left to be told of an error.
