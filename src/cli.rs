@@ -254,7 +254,23 @@ pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Result
         }
         options.api_sock = None;
     }
+    check_descriptors(&options)?;
     Ok(Cli::Run(Box::new(options)))
+}
+
+/// Each is owned by whoever it is meant for, so none can be meant for two.
+fn check_descriptors(options: &Options) -> Result<(), CliError> {
+    let mut named: Vec<_> = options.passed_fds.iter().map(|fd| ("pass-fd", *fd)).collect();
+    named.extend(options.kvm_fd.map(|fd| ("kvm-fd", fd)));
+    named.extend(options.proc_fd.map(|fd| ("proc-fd", fd)));
+    if let Some(ApiSocket::Descriptor(fd)) = options.api_sock {
+        named.push(("api-sock", fd));
+    }
+    named.sort_by_key(|(_, fd)| *fd);
+    match named.windows(2).find(|pair| pair[0].1 == pair[1].1) {
+        Some(pair) => Err(bad(pair[1].0, &pair[1].1.to_string(), "is given twice")),
+        None => Ok(()),
+    }
 }
 
 /// The next argument, which must be a long flag; its name.
@@ -297,9 +313,9 @@ fn set_value(options: &mut Options, flag: &str, value: String) -> Result<(), Cli
         "api-sock" => options.api_sock = Some(api_socket(&value)?),
         "id" => options.id = instance_id(value)?,
         "config-file" => options.config_file = Some(value.into()),
-        "pass-fd" => options.passed_fds.push(passed_fd("pass-fd", &value, &options.passed_fds)?),
-        "kvm-fd" => options.kvm_fd = Some(passed_fd("kvm-fd", &value, &options.passed_fds)?),
-        "proc-fd" => options.proc_fd = Some(passed_fd("proc-fd", &value, &options.passed_fds)?),
+        "pass-fd" => options.passed_fds.push(passed_fd(flag, &value)?),
+        "kvm-fd" => options.kvm_fd = Some(passed_fd(flag, &value)?),
+        "proc-fd" => options.proc_fd = Some(passed_fd(flag, &value)?),
         "seccomp-filter" => options.sandbox.seccomp = SeccompConfig::File(value.into()),
         "landlock-abi" => {
             let abi = value.parse().ok().filter(|abi| *abi > 0);
@@ -338,11 +354,10 @@ fn api_socket(value: &str) -> Result<ApiSocket, CliError> {
     }
 }
 
-/// The number of a descriptor beyond the standard streams, named once.
-fn passed_fd(flag: &'static str, value: &str, others: &[RawFd]) -> Result<RawFd, CliError> {
+/// The number of a descriptor beyond the standard streams.
+fn passed_fd(flag: &str, value: &str) -> Result<RawFd, CliError> {
     let number = value.parse().ok().filter(|fd| *fd > 2);
-    let number = number.ok_or_else(|| bad(flag, value, "must be the number of a descriptor above 2"))?;
-    if others.contains(&number) { Err(bad(flag, value, "is given twice")) } else { Ok(number) }
+    number.ok_or_else(|| bad(flag, value, "must be the number of a descriptor above 2"))
 }
 
 fn landlock(options: &mut Options) -> &mut LandlockConfig {
@@ -451,6 +466,9 @@ mod tests {
             ("--pass-fd 2", "--pass-fd \"2\": must be the number of a descriptor above 2"),
             ("--kvm-fd 1", "--kvm-fd \"1\": must be the number of a descriptor above 2"),
             ("--pass-fd 3 --kvm-fd 3", "--kvm-fd \"3\": is given twice"),
+            ("--kvm-fd 5 --pass-fd 5", "--kvm-fd \"5\": is given twice"),
+            ("--kvm-fd 5 --proc-fd 5", "--proc-fd \"5\": is given twice"),
+            ("--api-sock fd:5 --pass-fd 5", "--api-sock \"5\": is given twice"),
             ("--landlock-abi 0", "--landlock-abi \"0\": must be a number from 1"),
             ("--allow-path :ro", "--allow-path \":ro\": must be PATH, PATH:ro or PATH:rw"),
             ("--no-seccomp --seccomp-filter f", "--seccomp-filter and --no-seccomp exclude each other"),

@@ -72,7 +72,7 @@ pub fn init(id: &str) {
     }
 }
 
-/// Changes what `config` names.
+/// Changes what `config` names, and the level, which is Info if it names none.
 ///
 /// # Errors
 /// The file cannot be opened, or nobody reads the FIFO; nothing changed then.
@@ -87,10 +87,27 @@ pub fn configure(config: &LoggerConfig) -> io::Result<()> {
     settings.show_origin = config.show_log_origin.unwrap_or(settings.show_origin);
     settings.module = config.module.clone().or(settings.module.take());
     drop(settings);
-    if let Some(level) = config.level {
-        log::set_max_level(level);
-    }
+    log::set_max_level(config.level.unwrap_or(LevelFilter::Info));
     Ok(())
+}
+
+impl LoggerConfig {
+    /// What holds once [`configure`] had one and then the other.
+    #[must_use]
+    pub fn over(self, before: Self) -> Self {
+        Self {
+            log_path: self.log_path.or(before.log_path),
+            level: self.level,
+            show_level: self.show_level.or(before.show_level),
+            show_log_origin: self.show_log_origin.or(before.show_log_origin),
+            module: self.module.or(before.module),
+        }
+    }
+}
+
+/// Whether the log goes elsewhere than to standard error.
+pub fn has_file() -> bool {
+    DESTINATION.load(Ordering::Relaxed) != libc::STDERR_FILENO
 }
 
 /// Writes a line without locks, for a signal handler: no time, no name.

@@ -4,6 +4,7 @@
 
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::fmt::Display;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
@@ -14,7 +15,7 @@ use std::thread::JoinHandle;
 use vesicle::api::routes::config_commands;
 use vesicle::api::server::{self, Limits};
 use vesicle::cli::{self, ApiSocket, Cli, Options};
-use vesicle::config::MetricsConfig;
+use vesicle::config::{LoggerConfig, MetricsConfig};
 use vesicle::control::{self, Command, CommandSender, Reply, Subscription};
 use vesicle::devices::boot_timer::{self, BootTimer};
 use vesicle::log;
@@ -52,17 +53,13 @@ extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
 }
 
 fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
+    // Before any thread: they inherit the signal mask. And before anything is written: the reader may be gone.
+    install_fatal_handlers(restore_terminal);
     let options = match cli::parse(arguments) {
         Ok(Cli::Run(options)) => *options,
-        Ok(Cli::Print(text)) => {
-            print!("{text}");
-            return 0;
-        }
+        Ok(Cli::Print(text)) => return print(&text),
         Ok(Cli::DescribeSnapshot(path)) => match format::version_of(&path) {
-            Ok(version) => {
-                print!("{}", cli::snapshot_version(version));
-                return 0;
-            }
+            Ok(version) => return print(&cli::snapshot_version(version)),
             Err(error) => fail(FAILURE, format!("--describe-snapshot {path:?}: {}", chain(&error))),
         },
         Err(error) => fail(BAD_ARGUMENTS, error),
@@ -78,8 +75,6 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1)
     };
-    // Before any thread: they inherit the signal mask.
-    install_fatal_handlers(restore_terminal);
     std::panic::set_hook(Box::new(|panic| {
         METRICS.vmm.panic_count.inc();
         ::log::error!("{panic}");
@@ -166,24 +161,24 @@ fn prepare(options: &Options, host: Host) -> Result<Prepared, Box<dyn std::error
 
 /// What the command line and the configuration file say, as the API would say it; the start is not part of it.
 fn configure(vmm: &mut Vmm, options: &Options) {
-    let mut commands = vec![Command::SetLogger(options.logger.clone())];
-    commands.extend(options.metrics_path.clone().map(|metrics_path| {
-        Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() })
-    }));
+    let mut execute = |command| {
+        if let Err(refusal) | Ok(Reply::DoesNotFit(refusal)) = vmm.execute(command) {
+            vmm.remove_sockets();
+            fail(BAD_CONFIGURATION, refusal)
+        }
+    };
+    // First, so that the log has the reason if the rest fails.
+    if options.logger != LoggerConfig::default() {
+        execute(Command::SetLogger(options.logger.clone()));
+    }
+    if let Some(metrics_path) = options.metrics_path.clone() {
+        execute(Command::SetMetrics(MetricsConfig { metrics_path, emit_id: false, properties: Vec::new() }));
+    }
     if let Some(path) = &options.metadata {
-        commands.push(metadata(path));
+        execute(metadata(path));
     }
     if let Some(path) = &options.config_file {
-        commands.extend(config_file(path));
-    }
-    for command in commands {
-        match vmm.execute(command) {
-            Err(refusal) | Ok(Reply::DoesNotFit(refusal)) => {
-                vmm.remove_sockets();
-                fail(BAD_CONFIGURATION, refusal)
-            }
-            Ok(_) => {}
-        }
+        config_file(path).into_iter().for_each(execute);
     }
 }
 
@@ -253,6 +248,18 @@ fn record_startup(options: &Options) {
 
 fn fail(status: i32, error: impl Display) -> ! {
     restore_terminal();
-    eprintln!("vesicle: {error}");
+    // Whoever read it may be gone, and the status is all that is left to tell.
+    let _ = writeln!(io::stderr(), "vesicle: {error}");
+    if log::has_file() {
+        ::log::error!("{error}");
+    }
     exit(status);
+}
+
+/// Prints what was asked for; the exit status.
+fn print(text: &str) -> c_int {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => 0,
+        Err(_) => FAILURE,
+    }
 }

@@ -338,6 +338,27 @@ fn bad_arguments_have_a_status_of_their_own() {
 }
 
 #[test]
+fn failed_starts_have_a_status_of_their_own_when_nobody_reads_what_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, bad) = (dir.path().join("log"), dir.path().join("bad.json"));
+    fs::write(&bad, "{").unwrap();
+    let (log_path, bad) = (log.to_str().unwrap(), bad.to_str().unwrap());
+    for (arguments, status) in [
+        (&["--no-such-flag"][..], 153),
+        (&["--config-file", bad], 152),
+        (&["--log-path", log_path, "--config-file", bad], 152),
+        (&["--help"], 1),
+    ] {
+        let nobody = || std::io::pipe().unwrap().1;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vesicle"));
+        let ended = command.args(arguments).stdout(nobody()).stderr(nobody()).status().unwrap();
+        assert_eq!(ended.code(), Some(status), "{arguments:?}: {ended:?}");
+    }
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("bad.json") && log.lines().count() == 1, "{log}");
+}
+
+#[test]
 fn fatal_signals_have_a_status_of_their_own() {
     let statuses = [("SYS", 148), ("BUS", 149), ("SEGV", 150), ("XFSZ", 151), ("XCPU", 154), ("PIPE", 155)];
     for (signal, status) in statuses.into_iter().chain([("HUP", 156), ("ILL", 157)]) {
@@ -569,9 +590,10 @@ fn a_log_is_filtered_by_level_and_module_and_says_where_its_lines_come_from() {
     assert!(lines.contains(":api:DEBUG:src/api/server.rs:") && lines.contains("] GET /version: 200\n"), "{lines}");
     assert!(lines.contains(":api:WARN:src/api/server.rs:"), "{lines}");
     for (body, count) in [
-        (json!({ "module": "vesicle::machine" }), 0),
-        (json!({ "module": "vesicle::api::ser" }), 2),
-        (json!({ "module": "vesicle::api::server::x" }), 0),
+        (json!({ "module": "vesicle::machine", "level": "Debug" }), 0),
+        (json!({ "module": "vesicle::api::ser", "level": "Debug" }), 2),
+        (json!({ "show_level": true }), 1),
+        (json!({ "module": "vesicle::api::server::x", "level": "Debug" }), 0),
         (json!({ "module": "vesicle", "level": "Error" }), 0),
         (json!({ "level": "Off" }), 0),
         (json!({ "level": "Trace" }), 2),
@@ -583,6 +605,13 @@ fn a_log_is_filtered_by_level_and_module_and_says_where_its_lines_come_from() {
         assert_eq!(lines.lines().count(), count, "{body}: {lines}");
     }
     assert!(refused(&socket, "PUT", "/logger", &json!({ "level": "Loud" })).contains("Loud"));
+    let shown = get(&socket, "/vm/config");
+    let expected = json!({
+        "log_path": log, "level": "Warning", "show_level": true, "show_log_origin": true, "module": "vesicle"
+    });
+    assert_eq!(shown["logger"], expected);
+    let process = Process::start(&["--level", "Error"]);
+    assert_eq!(get(&process.socket(), "/vm/config")["logger"], Value::Null);
 }
 
 #[test]

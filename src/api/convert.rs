@@ -357,7 +357,8 @@ impl From<&config::VmConfig> for types::FullVmConfiguration {
             network_interfaces: config.network_interfaces.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(Into::into),
             serial: config.serial.as_ref().map(Into::into),
-            logger: config.logger.as_ref().map(Into::into),
+            // Published clients take the path for granted.
+            logger: config.logger.as_ref().filter(|logger| logger.log_path.is_some()).map(Into::into),
             metrics: config.metrics.as_ref().map(Into::into),
             mmds_config: config.mmds.as_ref().map(Into::into),
             ..Self::default()
@@ -384,6 +385,16 @@ impl TryFrom<types::SnapshotCreateParams> for config::SnapshotCreate {
     }
 }
 
+/// `None` for those of the snapshot.
+fn other_pages(pages: types::SnapshotHugePages) -> Option<config::HugePages> {
+    match pages {
+        types::SnapshotHugePages::Snapshot => None,
+        types::SnapshotHugePages::None => Some(config::HugePages::None),
+        types::SnapshotHugePages::Transparent => Some(config::HugePages::Transparent),
+        types::SnapshotHugePages::Size2M => Some(config::HugePages::Size2M),
+    }
+}
+
 impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
     type Error = ConfigError;
 
@@ -398,12 +409,12 @@ impl TryFrom<types::SnapshotLoadParams> for config::SnapshotLoad {
             backend_path,
             backend,
             resume_vm: body.resume_vm,
-            track_dirty_pages: body.track_dirty_pages.or(body.enable_diff_snapshots).unwrap_or(false),
+            track_dirty_pages: body.track_dirty_pages == Some(true) || body.enable_diff_snapshots == Some(true),
             network_overrides: body.network_overrides.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             drive_overrides: body.drive_overrides.into_iter().map(Into::into).collect(),
             vsock_override: body.vsock_override.map(|over| over.uds_path),
             clock_realtime: body.clock_realtime,
-            huge_pages: body.huge_pages.map(Into::into),
+            huge_pages: body.huge_pages.and_then(other_pages),
             working_set_path: body.working_set_path,
         }
         .checked()

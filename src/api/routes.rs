@@ -241,7 +241,7 @@ fn put_vsock(body: &[u8]) -> Result<Action, Rejection> {
 
 fn put_snapshot_load(body: &[u8]) -> Result<Action, Rejection> {
     let body: types::SnapshotLoadParams = parse(body)?;
-    let deprecated = body.mem_file_path.is_some() || body.enable_diff_snapshots.is_some();
+    let deprecated = body.mem_file_path.is_some() || body.enable_diff_snapshots == Some(true);
     ask_marked(Command::LoadSnapshot(Box::new(body.try_into()?)), deprecated)
 }
 

@@ -19,13 +19,14 @@ use std::time::{Duration, Instant};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode, Version};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{Response, StatusCode, Version};
+use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
@@ -44,7 +45,7 @@ pub struct Limits {
     pub max_payload: usize,
     /// Connections served at once; further ones are told 503.
     pub connections: usize,
-    /// How long a client may take to send a request's head, and a connection be idle.
+    /// How long a client may take until its first request's head is there, and how long it keeps its place in silence.
     pub head_timeout: Duration,
     /// How long a client may take to send a request's body.
     pub body_timeout: Duration,
@@ -82,6 +83,8 @@ struct Server {
     limits: Limits,
     to_vmm: CommandSender,
     events: broadcast::Receiver<Event>,
+    /// Places that are asked back from clients that have been silent for long.
+    wanted: Semaphore,
 }
 
 /// Starts the API thread on a listener that does not block; `confine` is the last thing it does before it serves. It ends
@@ -105,7 +108,7 @@ pub fn spawn(
         let _context = runtime.enter();
         UnixListener::from_std(listener)?
     };
-    let server = Arc::new(Server { limits, to_vmm, events });
+    let server = Arc::new(Server { limits, to_vmm, events, wanted: Semaphore::new(0) });
     thread::Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
         confine();
         let ended = async { while open.changed().await.is_ok() {} };
@@ -142,7 +145,7 @@ async fn serve(listener: &UnixListener, server: &Arc<Server>, ended: impl Future
         };
         match accepted {
             Ok(stream) => {
-                let busy = connections.len() >= server.limits.connections;
+                let busy = connections.len() >= server.limits.connections && !make_room(&mut connections, server).await;
                 if earlier.as_ref().is_none_or(JoinHandle::is_finished) {
                     earlier = Some(tokio::spawn(expect_earlier_wakes(Arc::clone(server))));
                 }
@@ -178,43 +181,93 @@ async fn accept(listener: &UnixListener, connections: &mut JoinSet<()>, server: 
     Ok(stream)
 }
 
+/// Whether a client that has been silent for long gave up its place. The one that has been for longest does.
+async fn make_room(connections: &mut JoinSet<()>, server: &Server) -> bool {
+    server.wanted.add_permits(1);
+    // Whoever waits for it runs now.
+    tokio::task::yield_now().await;
+    if let Ok(wanted) = server.wanted.try_acquire() {
+        wanted.forget();
+    }
+    while connections.try_join_next().is_some() {}
+    connections.len() < server.limits.connections
+}
+
+/// Whose turn it is on a connection.
+#[derive(Clone, Copy)]
+enum Turn {
+    /// The client's, which has yet to send a request.
+    First,
+    /// Ours, to answer.
+    Answer,
+    /// The client's, which was answered. It may be silent, or stop halfway, while nobody wants its place: clients are known
+    /// that connect once.
+    Next,
+}
+
+/// Ends when a connection is to be closed because its client lets others wait.
+async fn overdue(mut turn: watch::Receiver<Turn>, limit: Duration, server: &Server) {
+    loop {
+        let now = *turn.borrow_and_update();
+        let overdue = async {
+            match now {
+                Turn::First => tokio::time::sleep(limit).await,
+                Turn::Answer => std::future::pending().await,
+                Turn::Next => {
+                    tokio::time::sleep(limit).await;
+                    if let Ok(wanted) = server.wanted.acquire().await {
+                        wanted.forget();
+                    }
+                }
+            }
+        };
+        if let First::Right(()) = first(turn.changed(), overdue).await {
+            return;
+        }
+    }
+}
+
 /// Serves a connection until its client closes it or asks for that. Clients of HTTP/1.0 are known that send one request
 /// after the other on a connection without asking that it be kept, so it is.
 async fn connection(server: Arc<Server>, mut stream: UnixStream, busy: bool, mut stop: watch::Receiver<()>) {
     let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(if busy { TURN_AWAY_TIMEOUT } else { server.limits.head_timeout })
-        .max_buf_size(HEAD_BUFFER)
-        .keep_alive(!busy)
-        .auto_date_header(false);
+    builder.header_read_timeout(None).max_buf_size(HEAD_BUFFER).keep_alive(!busy).auto_date_header(false);
+    let limit = if busy { TURN_AWAY_TIMEOUT } else { server.limits.head_timeout };
+    let (turn, turns) = watch::channel(Turn::First);
     loop {
         let is_kept = AtomicBool::new(false);
         let service = service_fn(|request| {
-            let (server, is_kept) = (Arc::clone(&server), &is_kept);
+            let (server, is_kept, turn) = (Arc::clone(&server), &is_kept, &turn);
             Box::pin(async move {
-                let may_be_kept = !busy && is_unaware_of_keep_alive(&request);
-                let response = if busy { turn_away() } else { server.answer(request).await };
-                // A reply without a length ends with the connection.
-                is_kept.store(may_be_kept && matches!(response.body(), Reply::Whole(_)), Ordering::Relaxed);
+                turn.send_replace(Turn::Answer);
+                let (head, mut body) = request.into_parts();
+                let response = if busy { turn_away() } else { server.answer(&head, &mut body).await };
+                let is_whole = matches!(response.body(), Reply::Whole(_));
+                // A reply without a length ends with the connection, and what is left of a body is no request.
+                let may_be_kept = !busy && is_whole && body.is_end_stream();
+                is_kept.store(may_be_kept && is_unaware_of_keep_alive(&head), Ordering::Relaxed);
+                if is_whole {
+                    turn.send_replace(Turn::Next);
+                }
                 Ok::<_, Infallible>(response)
             })
         });
         let mut serving = builder.serve_connection(TokioIo::new(stream), service);
         let served = std::future::poll_fn(|context| serving.poll_without_shutdown(context));
+        let served = first(served, overdue(turns.clone(), limit, &server));
         match first(stop.changed(), served).await {
             First::Left(_) => {
                 Pin::new(&mut serving).graceful_shutdown();
                 let _ = serving.await;
                 return;
             }
-            First::Right(Ok(())) if is_kept.load(Ordering::Relaxed) => {}
-            // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
-            First::Right(Err(_)) => return,
-            First::Right(Ok(())) => {
+            First::Right(First::Left(Ok(()))) if is_kept.load(Ordering::Relaxed) => {}
+            First::Right(First::Left(Ok(()))) => {
                 let _ = serving.await;
                 return;
             }
+            // What goes wrong on a connection (a parse error, a client that left) is its client's affair.
+            First::Right(First::Left(Err(_)) | First::Right(())) => return,
         }
         let parts = serving.into_parts();
         // Nobody is known who does not wait for the reply.
@@ -226,8 +279,8 @@ async fn connection(server: Arc<Server>, mut stream: UnixStream, busy: bool, mut
 }
 
 /// Whether a request is of HTTP/1.0 and does not say whether its connection is to be kept.
-fn is_unaware_of_keep_alive(request: &Request<Incoming>) -> bool {
-    request.version() == Version::HTTP_10 && !request.headers().contains_key(CONNECTION)
+fn is_unaware_of_keep_alive(request: &Parts) -> bool {
+    request.version == Version::HTTP_10 && !request.headers.contains_key(CONNECTION)
 }
 
 fn turn_away() -> Response<Reply> {
@@ -237,8 +290,7 @@ fn turn_away() -> Response<Reply> {
 }
 
 impl Server {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Reply> {
-        let (head, body) = request.into_parts();
+    async fn answer(&self, head: &Parts, body: &mut Incoming) -> Response<Reply> {
         let (method, path) = (&head.method, head.uri.path());
         let answered = async {
             let body = self.read(body).await?;
@@ -301,7 +353,7 @@ impl Server {
     }
 
     /// The body of a request.
-    async fn read(&self, body: Incoming) -> Result<Vec<u8>, ApiError> {
+    async fn read(&self, body: &mut Incoming) -> Result<Vec<u8>, ApiError> {
         if body.is_end_stream() {
             return Ok(Vec::new());
         }
@@ -314,7 +366,7 @@ impl Server {
     }
 }
 
-async fn collect(mut body: Incoming, limit: usize) -> Result<Vec<u8>, ApiError> {
+async fn collect(body: &mut Incoming, limit: usize) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::new();
     let mut read = 0;
     while let Some(frame) = body.frame().await {

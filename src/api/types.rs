@@ -17,8 +17,8 @@ use serde_json::Value;
 pub use cpu::{CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier, MsrModifier};
 pub use logger::{LogLevel, Logger};
 pub use snapshot::{
-    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreateParams, SnapshotLoadParams,
-    SnapshotResetParams, SnapshotType, VsockOverride,
+    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreateParams, SnapshotHugePages,
+    SnapshotLoadParams, SnapshotResetParams, SnapshotType, VsockOverride,
 };
 
 /// The body of every refusal.

@@ -60,7 +60,7 @@ impl Vmm {
                     let path = logger.log_path.clone().unwrap_or_default();
                     refuse(Error::Open { what: "log_path", path, source })
                 })?;
-                self.config.logger = Some(logger);
+                self.config.logger = Some(logger.over(self.config.logger.take().unwrap_or_default()));
             }
             Command::SetMetrics(config) => {
                 self.metrics = Some(self.open_metrics(&config).map_err(refuse)?);

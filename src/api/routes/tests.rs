@@ -1,5 +1,7 @@
 //! The routes as a client sees them.
 
+use serde_json::json;
+
 use super::*;
 use crate::config::*;
 use crate::control::MachineUpdate;
@@ -186,6 +188,48 @@ fn a_load_names_its_memory_once() {
 }
 
 #[test]
+fn a_load_keeps_the_pages_of_the_snapshot_unless_it_names_others() {
+    for (pages, expected) in [
+        ("null", None),
+        (r#""Snapshot""#, None),
+        (r#""None""#, Some(HugePages::None)),
+        (r#""Transparent""#, Some(HugePages::Transparent)),
+        (r#""2M""#, Some(HugePages::Size2M)),
+    ] {
+        let body = format!(r#"{{"snapshot_path":"s","mem_file_path":"m","huge_pages":{pages}}}"#);
+        let Command::LoadSnapshot(request) = command(Method::PUT, "/snapshot/load", &body) else { panic!("{body}") };
+        assert_eq!(request.huge_pages, expected, "{body}");
+    }
+}
+
+#[test]
+fn dirty_pages_are_tracked_if_either_name_of_the_field_says_so() {
+    for (fields, tracked, deprecated) in [
+        (r#""track_dirty_pages":false"#, false, false),
+        (r#""track_dirty_pages":true,"enable_diff_snapshots":false"#, true, false),
+        (r#""track_dirty_pages":false,"enable_diff_snapshots":true"#, true, true),
+        (r#""enable_diff_snapshots":true"#, true, true),
+    ] {
+        let body =
+            format!(r#"{{"snapshot_path":"s","mem_backend":{{"backend_type":"File","backend_path":"m"}},{fields}}}"#);
+        let Ok(Action::Ask(ask)) = route(&Method::PUT, "/snapshot/load", body.as_bytes()) else { panic!("{body}") };
+        let Command::LoadSnapshot(request) = ask.command else { panic!("{body}") };
+        assert_eq!((request.track_dirty_pages, ask.deprecated), (tracked, deprecated), "{body}");
+    }
+}
+
+#[test]
+fn files_that_need_not_be_synced_are_synced_all_the_same() {
+    let create = |sync| format!(r#"{{"snapshot_path":"s","mem_file_path":"m"{sync}}}"#);
+    for sync in ["", r#","sync_snapshot_files":true"#, r#","sync_snapshot_files":false"#] {
+        assert!(
+            matches!(command(Method::PUT, "/snapshot/create", &create(sync)), Command::CreateSnapshot(_)),
+            "{sync}"
+        );
+    }
+}
+
+#[test]
 fn actions_and_states_are_commands() {
     let action = |name| command(Method::PUT, "/actions", &format!(r#"{{"action_type":"{name}"}}"#));
     assert!(matches!(action("InstanceStart"), Command::Start));
@@ -224,7 +268,7 @@ fn a_cpu_configuration_is_read_as_it_is_published() {
 
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, body).unwrap();
-    let config = serde_json::json!({ "cpu-config": file.path() }).to_string();
+    let config = json!({ "cpu-config": file.path() }).to_string();
     let commands = config_commands(config.as_bytes()).unwrap();
     assert!(matches!(&commands[..], [Command::SetCpu(read)] if *read == cpu));
 
@@ -357,6 +401,24 @@ fn a_published_configuration_file_is_understood() {
 }
 
 #[test]
+fn a_log_is_shown_as_all_requests_together_left_it_if_it_has_a_path() {
+    let put = |body: &str, before: Option<LoggerConfig>| {
+        let Command::SetLogger(logger) = command(Method::PUT, "/logger", body) else { panic!("{body}") };
+        Some(logger.over(before.unwrap_or_default()))
+    };
+    let shown = |logger: &Option<LoggerConfig>| {
+        let config = VmConfig { logger: logger.clone(), ..Default::default() };
+        json!(types::FullVmConfiguration::from(&config))["logger"].clone()
+    };
+    let logger = put(r#"{"level":"Error","module":"vesicle"}"#, None);
+    assert!(shown(&logger).is_null());
+    let logger = put(r#"{"log_path":"/x","level":"Debug"}"#, logger);
+    let logger = put(r#"{"show_level":true}"#, logger);
+    let expected = json!({"log_path":"/x","level":null,"show_level":true,"show_log_origin":null,"module":"vesicle"});
+    assert_eq!(shown(&logger), expected);
+}
+
+#[test]
 fn a_configuration_file_with_what_is_not_there_is_refused() {
     for (file, named) in [
         (r#"{"network-interfaces": [{}]}"#, "missing field `iface_id`"),
@@ -390,7 +452,7 @@ fn the_shown_configuration_names_everything_published_clients_look_for() {
     };
     config.set_drive(*drive).unwrap();
     let shown: serde_json::Value = serde_json::from_slice(&full_config(&config)).unwrap();
-    let expected = serde_json::json!({
+    let expected = json!({
         "boot-source": null, "cpu-config": null, "logger": null, "metrics": null, "serial": null, "balloon": null,
         "mmds-config": null, "vsock": null, "entropy": null, "memory-hotplug": null, "pmem": [],
         "network-interfaces": [],

@@ -219,6 +219,62 @@ fn the_eleventh_connection_is_turned_away_until_another_closes() {
 }
 
 #[test]
+fn a_client_that_was_answered_may_be_silent() {
+    let short = Duration::from_millis(50);
+    let api = Api::new(Limits { head_timeout: short, ..Limits::default() });
+    for version in ["1.0", "1.1"] {
+        let mut client = api.connect();
+        for _ in 0..3 {
+            client.send(format!("GET /version HTTP/{version}\r\n\r\n"));
+            assert_eq!(client.reply().0, 200);
+            std::thread::sleep(4 * short);
+        }
+    }
+}
+
+#[test]
+fn the_client_that_has_been_silent_for_longest_gives_up_its_place() {
+    let short = Duration::from_millis(500);
+    let api = Api::new(Limits { connections: 3, head_timeout: short, ..Limits::default() });
+    let mut events = api.connect();
+    events.send("GET /events HTTP/1.1\r\n\r\n");
+    events.head();
+    let (mut longest, mut other) = (api.connect(), api.connect());
+    assert_eq!(longest.request("GET", "/version", "").0, 200);
+    std::thread::sleep(short / 4);
+    assert_eq!(other.request("GET", "/version", "").0, 200);
+    assert_eq!(api.connect().request("GET", "/version", "").0, 503, "nobody has been silent for long");
+    std::thread::sleep(2 * short);
+    let mut late = api.connect();
+    assert_eq!(late.request("GET", "/version", "").0, 200);
+    assert_eq!(longest.rest(), "");
+    assert_eq!(other.request("GET", "/version", "").0, 200);
+    assert_eq!(api.connect().request("GET", "/version", "").0, 503, "it was one place that was asked for");
+    drop(api);
+    assert!(events.rest().ends_with("0\r\n\r\n"), "who listens is not silent");
+}
+
+#[test]
+fn what_is_left_of_an_old_clients_body_is_no_request() {
+    let api = Api::new(Limits { max_payload: 64, body_timeout: Duration::from_millis(50), ..Limits::default() });
+    let inner = "GET /version HTTP/1.0\r\n\r\n";
+    let mut late = api.connect();
+    late.send(format!("PUT /mmds HTTP/1.0\r\nContent-Length: {}\r\n\r\n{{", 1 + inner.len()));
+    assert_eq!(late.reply().0, 400);
+    let _ = late.stream.write_all(inner.as_bytes());
+    assert_eq!(late.rest(), "");
+
+    let mut long = api.connect();
+    let body = " ".repeat(64 + DRAIN + (64 << 10));
+    long.send(format!("PUT /mmds HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len() + inner.len()));
+    let _ = long.stream.write_all(body.as_bytes());
+    let _ = long.stream.write_all(inner.as_bytes());
+    let mut replies = Vec::new();
+    let _ = long.stream.read_to_end(&mut replies);
+    assert!(!String::from_utf8_lossy(&replies).contains(" 200 "));
+}
+
+#[test]
 fn a_crowd_of_silent_connections_does_not_lock_the_others_out() {
     let limits = Limits { connections: 1, head_timeout: Duration::from_millis(200), ..Limits::default() };
     let api = Api::new(limits);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HugePages, Overlay};
+use super::Overlay;
 
 /// PUT /snapshot/create.
 #[derive(Debug, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub struct SnapshotCreateParams {
     /// Of a microVM that runs.
     #[serde(default)]
     pub live: bool,
+    /// Have both files on disk before the answer, which they always are.
+    #[serde(default = "yes")]
+    pub sync_snapshot_files: bool,
 }
 
 /// See [`SnapshotCreateParams::snapshot_type`].
@@ -60,10 +63,24 @@ pub struct SnapshotLoadParams {
     /// The guest's clock catches up.
     #[serde(default)]
     pub clock_realtime: bool,
-    /// Another backing of guest RAM.
-    pub huge_pages: Option<HugePages>,
+    /// The backing of guest RAM.
+    pub huge_pages: Option<SnapshotHugePages>,
     /// Which pages a first run touches.
     pub working_set_path: Option<PathBuf>,
+}
+
+/// See [`SnapshotLoadParams::huge_pages`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotHugePages {
+    /// As it was.
+    Snapshot,
+    /// Base pages.
+    None,
+    /// `MADV_HUGEPAGE`.
+    Transparent,
+    /// 2 MiB pages from hugetlbfs.
+    #[serde(rename = "2M")]
+    Size2M,
 }
 
 /// See [`SnapshotLoadParams::mem_backend`].
