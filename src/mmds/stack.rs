@@ -78,16 +78,25 @@ impl Stack {
         Self { interface, sockets: SocketSet::new(Vec::new()), connections: Vec::new(), replies: VecDeque::new() }
     }
 
-    /// Takes a frame.
+    /// Takes a frame. Who opens a connection is known by that: it need not ask first, nor answer if it was asked.
     pub fn receive(&mut self, frame: &[u8], mmds: &mut Mmds, now: Duration) {
         // Replies are only lost to a guest that does not read them, and TCP repeats what matters.
         if self.replies.len() >= MAX_REPLIES || frames::is_syn(frame) && !self.make_room(now) {
             METRICS.mmds.rx_accepted_err.inc();
             return;
         }
+        if frames::is_syn(frame)
+            && let Some(introduction) = frames::introduction(frame)
+        {
+            self.take(&introduction, now);
+        }
+        self.take(frame, now);
+        self.serve(mmds, now);
+    }
+
+    fn take(&mut self, frame: &[u8], now: Duration) {
         let mut wire = Wire { received: Some(frame), replies: &mut self.replies, buffer: None, written: None };
         self.interface.poll_ingress_single(instant(now), &mut wire, &mut self.sockets);
-        self.serve(mmds, now);
     }
 
     /// Writes the next frame into `buffer`.
