@@ -91,6 +91,11 @@ impl Service {
         Ok(())
     }
 
+    /// It has something to say. While the guest cannot be told, no timer says so again.
+    pub fn timer_fired(&mut self) {
+        self.silent = false;
+    }
+
     /// Whether there may be something for the guest.
     pub fn may_speak(&self) -> bool {
         !self.endpoint.is_quiet()
