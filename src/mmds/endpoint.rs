@@ -41,8 +41,9 @@ impl Endpoint {
 
     /// Takes a frame of the guest's. Its checksums are not looked at: the guest may have left them
     /// to us (virtio 1.2 §5.1.6.2, VIRTIO_NET_HDR_F_NEEDS_CSUM).
-    pub fn receive(&mut self, frame: &[u8], now: Duration) {
+    pub fn receive(&mut self, frame: &mut [u8], now: Duration) {
         METRICS.mmds.rx_accepted.inc();
+        frames::readdress(frame);
         if frame.len() > MAX_RECEIVED || frames::is_fragment(frame) {
             METRICS.mmds.rx_accepted_err.inc();
             return;

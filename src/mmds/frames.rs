@@ -31,6 +31,23 @@ pub fn is_for(address: Ipv4Addr, header: &[u8]) -> bool {
         || field(header, ETHERTYPE_ARP, 24) == Some(address.octets())
 }
 
+/// Has a frame for one host be for the service: who reaches it through a gateway sends to the gateway's hardware address.
+pub fn readdress(frame: &mut [u8]) {
+    if let Some(to) = frame.first_chunk_mut::<6>()
+        && to[0] & 1 == 0
+    {
+        *to = MAC;
+    }
+}
+
+/// The ARP reply with which the sender of an IPv4 frame would say where it is.
+pub fn introduction(frame: &[u8]) -> Option<Vec<u8>> {
+    let sender = frame.get(6..12)?;
+    let [source, destination]: [[u8; 4]; 2] = [field(frame, ETHERTYPE_IPV4, 12)?, field(frame, ETHERTYPE_IPV4, 16)?];
+    let head = [&MAC, sender, &ETHERTYPE_ARP, &[0, 1, 8, 0, 6, 4, 0, 2]].concat();
+    Some([&head, sender, &source, &MAC, &destination].concat())
+}
+
 /// Whether an IPv4 frame is part of a fragmented datagram (RFC 791).
 pub fn is_fragment(frame: &[u8]) -> bool {
     field(frame, ETHERTYPE_IPV4, 6).is_some_and(|flags| u16::from_be_bytes(flags) & 0x3fff != 0)

@@ -78,16 +78,25 @@ impl Stack {
         Self { interface, sockets: SocketSet::new(Vec::new()), connections: Vec::new(), replies: VecDeque::new() }
     }
 
-    /// Takes a frame.
+    /// Takes a frame. Who opens a connection is known by that: it need not ask first, nor answer if it was asked.
     pub fn receive(&mut self, frame: &[u8], mmds: &mut Mmds, now: Duration) {
         // Replies are only lost to a guest that does not read them, and TCP repeats what matters.
         if self.replies.len() >= MAX_REPLIES || frames::is_syn(frame) && !self.make_room(now) {
             METRICS.mmds.rx_accepted_err.inc();
             return;
         }
+        if frames::is_syn(frame)
+            && let Some(introduction) = frames::introduction(frame)
+        {
+            self.take(&introduction, now);
+        }
+        self.take(frame, now);
+        self.serve(mmds, now);
+    }
+
+    fn take(&mut self, frame: &[u8], now: Duration) {
         let mut wire = Wire { received: Some(frame), replies: &mut self.replies, buffer: None, written: None };
         self.interface.poll_ingress_single(instant(now), &mut wire, &mut self.sockets);
-        self.serve(mmds, now);
     }
 
     /// Writes the next frame into `buffer`.
@@ -196,18 +205,26 @@ impl Stack {
                 self.sockets.get_mut::<Socket<'_>>(connection.handle).abort();
                 connection.active = now;
                 any = true;
-                if connection.sent < connection.response.len() {
-                    METRICS.mmds.tx_errors.inc();
-                    connection.response = Vec::new();
-                    connection.sent = 0;
-                }
             }
         }
         any
     }
 
+    /// Forgets the responses of connections that were reset: another may be waiting for their room.
+    fn let_go(&mut self) {
+        for connection in &mut self.connections {
+            if self.sockets.get::<Socket<'_>>(connection.handle).state() == State::Closed {
+                if !connection.response.is_empty() {
+                    METRICS.mmds.tx_errors.inc();
+                }
+                (connection.response, connection.sent, connection.close) = (Vec::new(), 0, true);
+            }
+        }
+    }
+
     /// Moves every connection on as far as it goes.
     fn serve(&mut self, mmds: &mut Mmds, now: Duration) {
+        self.let_go();
         let room = DOCUMENTS.saturating_mul(mmds.store.limit());
         let mut held = self.held();
         for connection in &mut self.connections {
@@ -375,21 +392,32 @@ mod tests {
     use super::*;
     use crate::mmds::tests::{ADDRESS, GUEST, GUEST_MAC};
 
+    const QUESTION: &str = "GET / HTTP/1.1\r\nAccept: application/json\r\n\r\n";
+
+    fn segment(port: u16, flags: u8, sequence: u32, acknowledgement: [u8; 4], payload: &str) -> Vec<u8> {
+        let length = (40 + payload.len()) as u16;
+        let ip = [&[0x45, 0][..], &length.to_be_bytes(), &[0, 0, 0x40, 0, 64, 6, 0, 0]].concat();
+        let ports = [port.to_be_bytes(), PORT.to_be_bytes()].concat();
+        let tcp = [&ports[..], &sequence.to_be_bytes(), &acknowledgement, &[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]];
+        let head = [&MAC[..], &GUEST_MAC, &[8, 0], &ip, &GUEST.octets(), &ADDRESS.octets()].concat();
+        [&head[..], &tcp.concat(), payload.as_bytes()].concat()
+    }
+
+    /// A service whose document is as long as it may be.
+    fn stack(now: Duration) -> (Stack, Mmds) {
+        let mut mmds = Mmds::new(100_000);
+        mmds.store.put(json!("d".repeat(99_998))).unwrap();
+        (Stack::new(ADDRESS, now), mmds)
+    }
+
     /// The frames with which a guest asks for the document without reading any of it.
     fn ask(stack: &mut Stack, mmds: &mut Mmds, port: u16, now: Duration) {
         let mut buffer = [0; MAX_FRAME];
         let mut acknowledgement = [0; 4];
-        for (flags, sequence, payload) in
-            [(2u8, 1u32, ""), (16, 2, "GET / HTTP/1.1\r\nAccept: application/json\r\n\r\n")]
-        {
-            let length = (40 + payload.len()) as u16;
-            let ip = [&[0x45, 0][..], &length.to_be_bytes(), &[0, 0, 0x40, 0, 64, 6, 0, 0]].concat();
-            let ports = [port.to_be_bytes(), PORT.to_be_bytes()].concat();
-            let tcp = [&ports[..], &sequence.to_be_bytes(), &acknowledgement, &[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]];
-            let head = [&MAC[..], &GUEST_MAC, &[8, 0], &ip, &GUEST.octets(), &ADDRESS.octets()].concat();
-            stack.receive(&[&head[..], &tcp.concat(), payload.as_bytes()].concat(), mmds, now);
+        for (flags, sequence, payload) in [(2, 1, ""), (16, 2, QUESTION)] {
+            stack.receive(&segment(port, flags, sequence, acknowledgement, payload), mmds, now);
             while let Some(length) = stack.transmit(&mut buffer, mmds, now) {
-                // The answer to the SYN, or to a question for the guest's address.
+                // The answer to the SYN.
                 if length == 58 {
                     let number: [u8; 4] = buffer[38..42].try_into().unwrap();
                     acknowledgement = (u32::from_be_bytes(number) + 1).to_be_bytes();
@@ -401,16 +429,29 @@ mod tests {
     #[test]
     fn a_guest_that_asks_for_much_and_reads_nothing_pins_little() {
         let now = Duration::from_secs(1);
-        let mut mmds = Mmds::new(100_000);
-        mmds.store.put(json!("d".repeat(99_998))).unwrap();
-        let mut stack = Stack::new(ADDRESS, now);
-        let arp = [&[0xff; 6][..], &GUEST_MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &GUEST_MAC, &GUEST.octets(), &[0; 6]];
-        stack.receive(&[&arp.concat()[..], &ADDRESS.octets()].concat(), &mut mmds, now);
+        let (mut stack, mut mmds) = stack(now);
         for port in 0..200 {
             ask(&mut stack, &mut mmds, 40_000 + port, now);
         }
         let unread = stack.connections.iter().filter(|connection| !connection.response.is_empty()).count();
         assert_eq!((stack.connections.len(), unread), (MAX_CONNECTIONS, DOCUMENTS));
         assert!(stack.held() < DOCUMENTS * 101_000);
+    }
+
+    #[test]
+    fn a_request_that_waits_for_room_is_answered_once_a_connection_that_has_it_is_reset() {
+        let now = Duration::from_secs(1);
+        let (mut stack, mut mmds) = stack(now);
+        for port in 0..=DOCUMENTS as u16 {
+            ask(&mut stack, &mut mmds, 40_000 + port, now);
+        }
+        assert!(stack.connections[DOCUMENTS].response.is_empty(), "it waits");
+        let rst = segment(40_000, 4, 2 + QUESTION.len() as u32, [0; 4], "");
+        stack.receive(&rst, &mut mmds, now);
+        let mut buffer = [0; MAX_FRAME];
+        assert!(stack.transmit(&mut buffer, &mut mmds, now).is_some());
+        assert_eq!(buffer[36..38], (40_000 + DOCUMENTS as u16).to_be_bytes());
+        while stack.transmit(&mut buffer, &mut mmds, now).is_some() {}
+        assert_eq!(stack.connections.len(), DOCUMENTS);
     }
 }

@@ -79,9 +79,9 @@ impl Linux {
         loop {
             self.interface.poll(time, &mut self.link, &mut self.sockets);
             let mut quiet = self.link.from_guest.is_empty();
-            for frame in self.link.from_guest.drain(..) {
+            for mut frame in self.link.from_guest.drain(..) {
                 assert!(self.endpoint.claims(&frame));
-                self.endpoint.receive(&frame, self.now);
+                self.endpoint.receive(&mut frame, self.now);
             }
             let mut buffer = [0; MAX_FRAME];
             while let Some(length) = self.endpoint.transmit(&mut buffer, self.now) {

@@ -49,7 +49,7 @@ properties! {
                     if let Some(byte) = frame.get_mut(at) {
                         *byte = value;
                     }
-                    guest.endpoint.receive(&frame, guest.now);
+                    guest.endpoint.receive(&mut frame, guest.now);
                 }
             }
             for _ in 0..3 {
@@ -72,9 +72,9 @@ properties! {
     #[test]
     fn random_bytes_break_nothing(frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 1..40)) {
         let mut guest = Hand::new(endpoint(json!({})), 7);
-        for frame in frames {
+        for mut frame in frames {
             guest.endpoint.claims(&frame);
-            guest.endpoint.receive(&frame, guest.now);
+            guest.endpoint.receive(&mut frame, guest.now);
             guest.frame();
         }
     }

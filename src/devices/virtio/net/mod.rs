@@ -249,7 +249,11 @@ impl VirtioDevice for Net {
             }
             RX_LIMITER => self.rx_limiter.on_timer(),
             TX_LIMITER => self.tx_limiter.on_timer(),
-            SERVICE => {}
+            SERVICE => {
+                if let Some(service) = &mut self.service {
+                    service.timer_fired();
+                }
+            }
             _ => self.metrics.queue_event_count.inc(),
         }
         self.exchange()

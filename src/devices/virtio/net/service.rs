@@ -84,11 +84,16 @@ impl Service {
         // No longer than a frame: the caller has checked.
         // SAFETY: by this function's contract.
         unsafe { buffers.read_to(&mut self.received) };
-        self.endpoint.receive(&self.received, now());
+        self.endpoint.receive(&mut self.received, now());
         self.silent = false;
         // The next may come in hours.
         self.received.shrink_to(endpoint::MAX_FRAME);
         Ok(())
+    }
+
+    /// It has something to say. While the guest cannot be told, no timer says so again.
+    pub fn timer_fired(&mut self) {
+        self.silent = false;
     }
 
     /// Whether there may be something for the guest.

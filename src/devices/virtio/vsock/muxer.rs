@@ -207,9 +207,11 @@ impl Muxer {
             match self.listener.accept() {
                 Ok((stream, _)) => self.begin_greeting(Peer::new(stream)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.accepting = false,
-                // Who waits is tried again when something else has happened: a descriptor may be free then.
+                // Who waits is tried again when something else has happened, or after a while: a descriptor may be
+                // free then.
                 Err(error) => {
                     warn_limited!("vsock: a host process cannot be accepted: {error}");
+                    self.start_timer();
                     return false;
                 }
             }

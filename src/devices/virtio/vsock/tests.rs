@@ -457,6 +457,29 @@ fn a_reset_of_the_device_closes_every_connection() {
     rig.open_from_host();
 }
 
+/// A device whose process has no descriptor left is one on a thread that may not accept.
+#[test]
+fn who_could_not_be_accepted_is_later_though_nothing_else_happens() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+    let rig = Rig::ready();
+    let filter = SeccompFilter::new(
+        [(libc::SYS_accept4, Vec::new())].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EMFILE as u32),
+        TargetArch::x86_64,
+    );
+    let filter: BpfProgram = filter.unwrap().try_into().unwrap();
+    let without = std::thread::spawn(move || {
+        apply_filter(&filter).unwrap();
+        let stream = rig.dial("CONNECT 52\n");
+        (rig, stream)
+    });
+    let (rig, _stream) = without.join().unwrap();
+    assert_eq!(rig.connections(), 0);
+    assert_eq!(rig.guest.turn(Duration::from_secs(60)), 1, "the timer");
+    assert_eq!(rig.ops(), [REQUEST]);
+}
+
 /// Closes a connection for good: a child that another test forks at this moment still has its descriptor.
 fn hang_up(stream: std::os::unix::net::UnixStream) {
     stream.shutdown(std::net::Shutdown::Both).unwrap();

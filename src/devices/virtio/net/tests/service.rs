@@ -198,3 +198,27 @@ fn what_the_guest_does_not_acknowledge_is_sent_again_and_a_reset_forgets_it() {
         _ => unreachable!(),
     });
 }
+
+/// What was not acknowledged is due again, and there is nowhere to put it: asking every millisecond gains nothing.
+#[test]
+fn a_guest_without_buffers_is_not_woken_for() {
+    let Some((cable, _)) = cable() else { return };
+    let mut next = 0;
+    cable.post(3, 2048);
+    for frame in [arp(), syn()] {
+        cable.transmit(&frame);
+    }
+    cable.guest.kick();
+    assert_eq!(cable.answers(&mut next).len(), 2);
+    // It takes the last buffer.
+    cable.host.send(&frame(100, 1));
+    cable.settle();
+    assert_eq!(cable.guest.select(RX).used().len(), 1);
+    assert_eq!(cable.guest.turn(Duration::from_secs(60)), 1, "the timer");
+    assert_eq!(cable.guest.turn(Duration::from_millis(100)), 0);
+    cable.post(1, 2048);
+    cable.settle();
+    let used = cable.guest.select(RX).used();
+    assert_eq!(used.len(), 1);
+    assert_eq!(cable.guest.get(slot(0), used[0].1 as usize)[12 + 47], SYN_ACK);
+}
