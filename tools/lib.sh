@@ -100,7 +100,7 @@ newest_package() {
 }
 
 # unpacked PACKAGE: prints a directory with the content of a Debian package, which is fetched but not installed.
-# The name may be a regular expression. A version that was fetched once is used until the cache is emptied.
+# The name may be a regular expression; where no package has it, the exit status is 3. A version that was fetched once is used until the cache is emptied.
 unpacked() {
   local dir name
   for dir in "$cache"/packages/*/; do
@@ -112,7 +112,7 @@ unpacked() {
     refresh_lists || true
     name=$(newest_package "$1")
   fi
-  [[ -n $name ]] || die "the package lists know no $1"
+  [[ -n $name ]] || { say "the package lists know no $1"; exit 3; }
   # Named like the package's file, without the architecture: what is made from it can depend on its version.
   dir=$cache/packages/$(apt-get -qq download --print-uris "$name" | cut -d' ' -f2 | sed 's/_[^_]*$//')
   once "$dir" fetch_package "$name"
@@ -120,12 +120,17 @@ unpacked() {
 }
 
 fetch_package() {
+  local dir
   say "fetching $1"
   cd "$2"
   apt-get -qq download "$1" >/dev/null 2>&1 || { refresh_lists && apt-get -qq download "$1" >/dev/null 2>&1; } ||
     die "cannot fetch the package $1"
   dpkg -x ./*.deb .
   rm ./*.deb
+  # From Debian 13 on packages have no /bin and /lib of their own.
+  for dir in bin lib; do
+    [[ -e $dir || ! -d usr/$dir ]] || ln -s "usr/$dir" "$dir"
+  done
   # A kernel package leaves its module index to the installation, which does not happen here.
   if [[ -d lib/modules ]]; then
     need kmod:depmod
