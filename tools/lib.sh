@@ -168,7 +168,11 @@ unpack_vmlinux() {
   fi
 }
 
-busybox() { echo "$(unpacked busybox-static)/bin/busybox"; }
+busybox() {
+  local dir
+  dir=$(unpacked busybox-static)
+  echo "$dir/bin/busybox"
+}
 
 # copy_modules KERNEL_DIR DEST MODULE…: the modules and all they depend on, unpacked as DEST/NN-name.ko, where the
 # numbers give the order to load them in. What the kernel has built in, and what it does not know, is left out. So are

@@ -77,3 +77,18 @@ fn a_package_has_bin_and_lib_whether_or_not_its_debian_has_them_in_usr() {
         assert!(said.contains("/lib/modules:\n6.12\n"), "{said}");
     }
 }
+
+#[test]
+fn a_package_that_cannot_be_had_is_an_error_wherever_it_is_asked_for() {
+    let host = Host::new();
+    for script in [
+        r#". "$tools/lib.sh"; found=$(busybox); echo "found $found""#,
+        r#""$tools/guest" initramfs-tuned"#,
+        r#""$tools/guest" vmlinux-6.12"#,
+        r#""$tools/guest" kernel-6.1"#,
+    ] {
+        let (said, status) = host.run(script);
+        assert!(status == 3 && said.contains("the package lists know no "), "{script}: {status}: {said}");
+        assert!(!said.contains("found") && !host.0.path().join("cache/guest").exists(), "{script}: {said}");
+    }
+}
