@@ -5,13 +5,14 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -146,6 +147,10 @@ impl Jail {
                 ("/proc/self/gid_map", format!("{group} {group} 1")),
             ];
         }
+        // A jail's device node cannot be opened where devices are not for its file system to have.
+        let open = || File::options().read(true).write(true).open("/dev/kvm").ok();
+        let kvm = if *mode == Mode::Jailed { open() } else { None };
+        command.args(kvm.as_ref().map(|kvm| format!("--kvm-fd={}", kvm.as_raw_fd())));
         command.arg("--");
         let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes());
         let mounts: Vec<_> = self
@@ -160,6 +165,7 @@ impl Jail {
                 fs::write(file, content)?;
             }
             // The jail's files are mounted where nobody else sees it, and are gone with the process.
+            kvm.iter().try_for_each(|kvm| fcntl_setfd(kvm, FdFlags::empty()))?;
             mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
             mounts.iter().try_for_each(|(file, inside)| Ok(mount_bind(file, inside)?))
         };

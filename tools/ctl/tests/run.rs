@@ -68,6 +68,15 @@ fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
         "in a jail (user, root directory and mounts of its own), by Landlock and system-call filters\n"
     );
 
+    // Where a file system of the host's has no devices, the jail is the same.
+    let tmp = tempfile::tempdir().unwrap();
+    let mut launcher = Command::new("unshare");
+    launcher.args(["-m", "sh", "-c", "mount -t tmpfs -o nodev tmpfs \"$TMPDIR\" && exec \"$@\"", "sh"]);
+    launcher.arg(env!("CARGO_BIN_EXE_vesiclectl")).args(arguments(&command)).env("TMPDIR", tmp.path());
+    let (output, errors, status) = told(launcher.stdin(Stdio::null()).output().unwrap());
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    assert!(confined(&errors).starts_with("in a jail (user, "), "{errors}");
+
     // Somebody else, who may go where the programs are and use KVM.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
