@@ -87,6 +87,8 @@ once() {
       made=$(mktemp -d "${dir%/*}/.${dir##*/}.XXXXXX")
       trap 'rm -rf "$made"' EXIT
       chmod 755 "$made"
+      # Jails have users of their own, who read what is kept.
+      umask 022
       "$@" "$made" >&2
       mv -T "$made" "$dir"
     )

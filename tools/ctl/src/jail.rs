@@ -38,6 +38,8 @@ pub struct Jail {
     base: PathBuf,
     /// User and group of the VMM.
     owner: (u32, u32),
+    /// The file whose owner that is, if it is no user of its own.
+    owned: Option<PathBuf>,
     /// Files that it uses, by the paths they have here and in the jail.
     files: Vec<PathBuf>,
     /// Why there is no stricter one.
@@ -52,6 +54,7 @@ impl Jail {
             vesicle: vesicle.to_owned(),
             base: PathBuf::new(),
             owner: (geteuid().as_raw(), getegid().as_raw()),
+            owned: None,
             files: Vec::new(),
             why_not: String::new(),
         }
@@ -97,6 +100,7 @@ impl Jail {
         let needed = if write { 0o006 } else { 0o004 };
         if mode == Mode::Jailed && found.mode() & needed != needed {
             self.owner = (found.uid(), found.gid());
+            self.owned = Some(file.clone());
         }
         let inside = self.inside(&file);
         make_open(inside.parent().unwrap_or(&inside))?;
@@ -189,13 +193,19 @@ fn make_open(directory: &Path) -> io::Result<()> {
 /// In one line, for who runs it.
 impl fmt::Display for Jail {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match &self.jailer {
-            Some((Mode::Jailed, _)) => "in a jail (user, root directory and mounts of its own), ",
-            Some((Mode::Rootless, _)) => {
+        let what = match (&self.jailer, &self.owned) {
+            (Some((Mode::Jailed, _)), Some(file)) => {
+                let (user, file) = (self.owner.0, file.display());
+                write!(formatter, "as user {user}, the only one who may use {file} as asked, ")?;
+                "in a jail (root directory and mounts of its own), "
+            }
+            (Some((Mode::Jailed, _)), None) => "in a jail (user, root directory and mounts of its own), ",
+            (Some((Mode::Rootless, _)), _) => {
                 "in a jail without root (user namespace, root directory and mounts of its own), "
             }
-            None => "without a jail, ",
-        })?;
+            (None, _) => "without a jail, ",
+        };
+        formatter.write_str(what)?;
         formatter.write_str("by Landlock and system-call filters")?;
         if !self.why_not.is_empty() {
             write!(formatter, "; nothing stricter is possible here: {}", self.why_not)?;

@@ -68,6 +68,15 @@ fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
         "in a jail (user, root directory and mounts of its own), by Landlock and system-call filters\n"
     );
 
+    // Root's files are for root alone to write, and then the VMM is root, which is said.
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("rootfs.ext4");
+    fs::copy(artefact("rootfs"), &image).unwrap();
+    let (output, errors, status) = run(&[&["--rootfs", image.to_str().unwrap(), "--writable"], &command[..]].concat());
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    let user = format!("as user 0, the only one who may use {} as asked, in a jail (root directory", image.display());
+    assert!(confined(&errors).starts_with(&user), "{errors}");
+
     // Where a file system of the host's has no devices, the jail is the same.
     let tmp = tempfile::tempdir().unwrap();
     let mut launcher = Command::new("unshare");
