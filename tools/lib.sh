@@ -26,19 +26,25 @@ as_root() {
   else return 1; fi
 }
 
-# apt COMMAND…: apt-get without questions and without chatter; it waits for others that hold its lock.
+# apt COMMAND…: apt-get without questions and without chatter; it waits for others that install something.
 apt() {
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+  as_root env DEBIAN_FRONTEND=noninteractive LC_ALL=C apt-get -qq -y --no-install-recommends \
     -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" >/dev/null
 }
 
 # Package lists are refreshed at most once in a run, and only after something was not found in the ones at hand.
 lists_are_fresh=
 refresh_lists() {
+  local said deadline=$((SECONDS + 300))
   [[ -z $lists_are_fresh ]] || return 1
   lists_are_fresh=1
   say "refreshing the package lists"
-  apt update
+  # A password is asked for here, if at all: below nobody would see it. The lists have a lock that apt-get waits for not.
+  as_root true || return
+  until said=$(apt update 2>&1); do
+    if [[ $said != *"Could not get lock"* ]] || ((SECONDS > deadline)); then say "$said"; return 1; fi
+    sleep 1
+  done
 }
 
 # need PACKAGE:COMMAND|/FILE…: each command or file is there afterwards, its Debian package installed if it was not.

@@ -92,3 +92,16 @@ fn a_package_that_cannot_be_had_is_an_error_wherever_it_is_asked_for() {
         assert!(!said.contains("found") && !host.0.path().join("cache/guest").exists(), "{script}: {said}");
     }
 }
+
+#[test]
+fn package_lists_that_somebody_else_refreshes_are_waited_for() {
+    let host = Host::new();
+    let busy = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt-get)";
+    host.command("apt-get", &format!("[ -e $HOST/ended ] || {{ touch $HOST/ended; echo '{busy}' >&2; exit 100; }}"));
+    let refresh = r#". "$tools/lib.sh"; refresh_lists; echo fresh"#;
+    let (said, status) = host.run(refresh);
+    assert!(status == 0 && said.contains("fresh\n"), "{status}: {said}");
+    host.command("apt-get", "echo 'E: no network' >&2; exit 100");
+    let (said, status) = host.run(refresh);
+    assert!(status == 1 && said.contains("no network"), "{status}: {said}");
+}
