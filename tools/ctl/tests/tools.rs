@@ -105,3 +105,17 @@ fn package_lists_that_somebody_else_refreshes_are_waited_for() {
     let (said, status) = host.run(refresh);
     assert!(status == 1 && said.contains("no network"), "{status}: {said}");
 }
+
+#[test]
+fn a_status_of_a_command_is_never_one_of_setting_up() {
+    let host = Host::new();
+    host.command("cargo", "true");
+    for tool in ["run -- true", "lab setup", "lab run --lab -- true"] {
+        let (said, status) = host.run(&format!("env -u VESICLE_IN_LAB \"$tools\"/{tool}"));
+        assert_eq!(status, 125, "{tool}: {said}");
+    }
+    for (command, expected) in [("sh -c 'exit 7'", 7), ("/no/such/command", 127)] {
+        let (said, status) = host.run(&format!("\"$tools/lab\" run --native -- {command}"));
+        assert_eq!(status, expected, "{command}: {said}");
+    }
+}
