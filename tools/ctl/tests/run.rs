@@ -192,6 +192,22 @@ fn a_signal_ends_the_launcher_the_vmm_and_what_they_left_in_tmp() {
 }
 
 #[test]
+fn a_signal_while_the_input_is_read_leaves_nothing_in_tmp() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut reading = Command::new(env!("CARGO_BIN_EXE_vesiclectl"));
+    reading.args(["run", "--vesicle=/bin/false", "--kernel=/bin/false", "--stdin", "--", "cat"]);
+    let mut child = reading.env("TMPDIR", tmp.path()).stdin(Stdio::piped()).spawn().unwrap();
+    while fs::read_dir(tmp.path()).unwrap().count() == 0 {
+        std::thread::yield_now();
+    }
+    Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    // Its input is open to the end.
+    let _input = child.stdin.take();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn on_a_terminal_the_command_has_one_and_ours_is_left_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let words: Vec<_> = arguments(&["--", "sh", "-c", "tty; stty size; echo $TERM"])
