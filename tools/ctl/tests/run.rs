@@ -266,6 +266,11 @@ fn a_run_starts_from_the_snapshot_that_the_first_one_made() {
     assert!(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().abs_diff(numbers[0]) < 60, "{numbers:?}");
     assert_eq!(kept(&snapshots), snapshot);
 
+    // Of one that was tidied up nothing is used.
+    fs::remove_file(snapshot[0].join("memory")).unwrap();
+    let (_, said, status) = run(&command);
+    assert!(status == 7 && said.contains("booting the guest once"), "{said}");
+
     // One that is damaged is not used again.
     OpenOptions::new().write(true).open(snapshot[0].join("memory")).unwrap().set_len(1 << 20).unwrap();
     let (_, said, status) = run(&command);
