@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 #[test]
 fn host_and_guest_ping_each_other() {
-    for guest in [Guest::tuned(), Guest::debian("6.12"), Guest::debian("6.1")] {
+    for guest in Guest::of_each_kernel() {
         let tap = Tap::new();
         let mut vm = guest.interface("net0", &tap.name, mac(tap.net)).boot();
         tap.set_up(&mut vm, "eth0");

@@ -26,19 +26,25 @@ as_root() {
   else return 1; fi
 }
 
-# apt COMMAND…: apt-get without questions and without chatter; it waits for others that hold its lock.
+# apt COMMAND…: apt-get without questions and without chatter; it waits for others that install something.
 apt() {
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+  as_root env DEBIAN_FRONTEND=noninteractive LC_ALL=C apt-get -qq -y --no-install-recommends \
     -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" >/dev/null
 }
 
 # Package lists are refreshed at most once in a run, and only after something was not found in the ones at hand.
 lists_are_fresh=
 refresh_lists() {
+  local said deadline=$((SECONDS + 300))
   [[ -z $lists_are_fresh ]] || return 1
   lists_are_fresh=1
   say "refreshing the package lists"
-  apt update
+  # A password is asked for here, if at all: below nobody would see it. The lists have a lock that apt-get waits for not.
+  as_root true || return
+  until said=$(apt update 2>&1); do
+    if [[ $said != *"Could not get lock"* ]] || ((SECONDS > deadline)); then say "$said"; return 1; fi
+    sleep 1
+  done
 }
 
 # need PACKAGE:COMMAND|/FILE…: each command or file is there afterwards, its Debian package installed if it was not.
@@ -87,6 +93,8 @@ once() {
       made=$(mktemp -d "${dir%/*}/.${dir##*/}.XXXXXX")
       trap 'rm -rf "$made"' EXIT
       chmod 755 "$made"
+      # Jails have users of their own, who read what is kept.
+      umask 022
       "$@" "$made" >&2
       mv -T "$made" "$dir"
     )
@@ -100,7 +108,7 @@ newest_package() {
 }
 
 # unpacked PACKAGE: prints a directory with the content of a Debian package, which is fetched but not installed.
-# The name may be a regular expression. A version that was fetched once is used until the cache is emptied.
+# The name may be a regular expression; where no package has it, the exit status is 3. A version that was fetched once is used until the cache is emptied.
 unpacked() {
   local dir name
   for dir in "$cache"/packages/*/; do
@@ -112,7 +120,7 @@ unpacked() {
     refresh_lists || true
     name=$(newest_package "$1")
   fi
-  [[ -n $name ]] || die "the package lists know no $1"
+  [[ -n $name ]] || { say "the package lists know no $1"; exit 3; }
   # Named like the package's file, without the architecture: what is made from it can depend on its version.
   dir=$cache/packages/$(apt-get -qq download --print-uris "$name" | cut -d' ' -f2 | sed 's/_[^_]*$//')
   once "$dir" fetch_package "$name"
@@ -120,12 +128,17 @@ unpacked() {
 }
 
 fetch_package() {
+  local dir
   say "fetching $1"
   cd "$2"
   apt-get -qq download "$1" >/dev/null 2>&1 || { refresh_lists && apt-get -qq download "$1" >/dev/null 2>&1; } ||
     die "cannot fetch the package $1"
   dpkg -x ./*.deb .
   rm ./*.deb
+  # From Debian 13 on packages have no /bin and /lib of their own.
+  for dir in bin lib; do
+    [[ -e $dir || ! -d usr/$dir ]] || ln -s "usr/$dir" "$dir"
+  done
   # A kernel package leaves its module index to the installation, which does not happen here.
   if [[ -d lib/modules ]]; then
     need kmod:depmod
@@ -163,7 +176,11 @@ unpack_vmlinux() {
   fi
 }
 
-busybox() { echo "$(unpacked busybox-static)/bin/busybox"; }
+busybox() {
+  local dir
+  dir=$(unpacked busybox-static)
+  echo "$dir/bin/busybox"
+}
 
 # copy_modules KERNEL_DIR DEST MODULE…: the modules and all they depend on, unpacked as DEST/NN-name.ko, where the
 # numbers give the order to load them in. What the kernel has built in, and what it does not know, is left out. So are

@@ -56,6 +56,15 @@ pub fn artefact(name: &str) -> PathBuf {
         .into()
 }
 
+/// Whether this Debian has a kernel 6.1: Debian 13 has none, and `tools/test` says so by an empty path.
+pub fn has_debian_6_1() -> bool {
+    let has = !artefact("kernel-6.1").as_os_str().is_empty();
+    if !has {
+        eprintln!("SKIPPED: Debian's kernel 6.1");
+    }
+    has
+}
+
 /// A guest to be.
 #[derive(Debug)]
 pub struct Guest {
@@ -91,9 +100,15 @@ impl Guest {
         }
     }
 
-    /// Debian's cloud kernel of a series, `6.12` or `6.1`, with 256 MiB and the default guest in its initramfs.
+    /// Debian's cloud kernel of a series, such as `6.12`, with 256 MiB and the default guest in its initramfs.
     pub fn debian(series: &str) -> Self {
         Self::new(artefact(&format!("kernel-{series}")), artefact(&format!("initramfs-{series}")), 256)
+    }
+
+    /// The tuned kernel, and each of Debian's that there is.
+    pub fn of_each_kernel() -> impl Iterator<Item = Self> {
+        let guests = [Self::tuned(), Self::debian("6.12")].into_iter();
+        guests.chain(has_debian_6_1().then(|| Self::debian("6.1")))
     }
 
     /// The tuned kernel, with 64 MiB and the default guest in its initramfs.

@@ -5,13 +5,14 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -37,6 +38,8 @@ pub struct Jail {
     base: PathBuf,
     /// User and group of the VMM.
     owner: (u32, u32),
+    /// The file whose owner that is, if it is no user of its own.
+    owned: Option<PathBuf>,
     /// Files that it uses, by the paths they have here and in the jail.
     files: Vec<PathBuf>,
     /// Why there is no stricter one.
@@ -51,6 +54,7 @@ impl Jail {
             vesicle: vesicle.to_owned(),
             base: PathBuf::new(),
             owner: (geteuid().as_raw(), getegid().as_raw()),
+            owned: None,
             files: Vec::new(),
             why_not: String::new(),
         }
@@ -96,6 +100,7 @@ impl Jail {
         let needed = if write { 0o006 } else { 0o004 };
         if mode == Mode::Jailed && found.mode() & needed != needed {
             self.owner = (found.uid(), found.gid());
+            self.owned = Some(file.clone());
         }
         let inside = self.inside(&file);
         make_open(inside.parent().unwrap_or(&inside))?;
@@ -146,6 +151,10 @@ impl Jail {
                 ("/proc/self/gid_map", format!("{group} {group} 1")),
             ];
         }
+        // A jail's device node cannot be opened where devices are not for its file system to have.
+        let open = || File::options().read(true).write(true).open("/dev/kvm").ok();
+        let kvm = if *mode == Mode::Jailed { open() } else { None };
+        command.args(kvm.as_ref().map(|kvm| format!("--kvm-fd={}", kvm.as_raw_fd())));
         command.arg("--");
         let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes());
         let mounts: Vec<_> = self
@@ -160,10 +169,12 @@ impl Jail {
                 fs::write(file, content)?;
             }
             // The jail's files are mounted where nobody else sees it, and are gone with the process.
+            kvm.iter().try_for_each(|kvm| fcntl_setfd(kvm, FdFlags::empty()))?;
             mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
             mounts.iter().try_for_each(|(file, inside)| Ok(mount_bind(file, inside)?))
         };
-        // SAFETY: this process starts a VMM before it has other threads, so that its child may do what it may.
+        // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that its
+        // child may do what it may.
         unsafe { command.pre_exec(prepare) };
         Ok(command)
     }
@@ -183,13 +194,19 @@ fn make_open(directory: &Path) -> io::Result<()> {
 /// In one line, for who runs it.
 impl fmt::Display for Jail {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match &self.jailer {
-            Some((Mode::Jailed, _)) => "in a jail (user, root directory and mounts of its own), ",
-            Some((Mode::Rootless, _)) => {
+        let what = match (&self.jailer, &self.owned) {
+            (Some((Mode::Jailed, _)), Some(file)) => {
+                let (user, file) = (self.owner.0, file.display());
+                write!(formatter, "as user {user}, the only one who may use {file} as asked, ")?;
+                "in a jail (root directory and mounts of its own), "
+            }
+            (Some((Mode::Jailed, _)), None) => "in a jail (user, root directory and mounts of its own), ",
+            (Some((Mode::Rootless, _)), _) => {
                 "in a jail without root (user namespace, root directory and mounts of its own), "
             }
-            None => "without a jail, ",
-        })?;
+            (None, _) => "without a jail, ",
+        };
+        formatter.write_str(what)?;
         formatter.write_str("by Landlock and system-call filters")?;
         if !self.why_not.is_empty() {
             write!(formatter, "; nothing stricter is possible here: {}", self.why_not)?;

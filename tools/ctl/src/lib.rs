@@ -4,9 +4,11 @@
 //! - [`Client`] speaks HTTP/1.1 to that socket.
 //! - [`Job`] is the drive on which the default guest finds the command to run and leaves its exit status; [`BOOT_ARGS`]
 //!   are for its kernel.
+//! - [`scratch`] has directories that no signal leaves behind.
 
 mod client;
 mod job;
+pub mod scratch;
 mod vesicle;
 
 pub use client::{Client, ClientError, Response};

@@ -35,7 +35,9 @@ Usage: vesiclectl run [OPTION]... [-- COMMAND...]
 
 fn main() -> ExitCode {
     let mut failed = 1;
-    match command(&mut failed) {
+    let ended = command(&mut failed);
+    vesiclectl::scratch::settle();
+    match ended {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprint!("vesiclectl: {error}");
@@ -53,12 +55,13 @@ fn main() -> ExitCode {
 /// Does what the arguments ask for; returns the exit status, which is `failed` after an error.
 fn command(failed: &mut u8) -> Result<u8, Box<dyn Error>> {
     let mut parser = Parser::from_env();
+    let signals = vesiclectl::scratch::remove_on_signals()?;
     match parser.next().map_err(usage)? {
         Some(Arg::Value(name)) if name == "run" => {
             // The others are the command's.
             *failed = run::FAILED;
             if let Some(run) = run::Run::parse(&mut parser).map_err(usage)? {
-                return run.run();
+                return run.run(&signals);
             }
             print!("{}", run::HELP);
         }

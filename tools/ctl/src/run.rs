@@ -13,8 +13,8 @@ use lexopt::{Arg, Parser, ValueExt};
 use rustix::termios::{self, OptionalActions, Termios};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-use vesiclectl::{BOOT_ARGS, ClientError, Job, Script, Signaller, Vesicle};
+use signal_hook::iterator::{Handle, Signals};
+use vesiclectl::{BOOT_ARGS, ClientError, Job, Script, Signaller, Vesicle, scratch};
 
 use crate::jail::Jail;
 use crate::net::Network;
@@ -121,14 +121,14 @@ impl Run {
         Ok(Some(run))
     }
 
-    /// Runs the command; returns its exit status.
-    pub fn run(&self) -> Result<u8, Box<dyn Error>> {
+    /// Runs the command; returns its exit status. Up to the VMM's start signals are for `before` to handle.
+    pub fn run(&self, before: &Handle) -> Result<u8, Box<dyn Error>> {
         let console = match io::stdin().is_terminal() && io::stdout().is_terminal() && !self.stdin {
             true => Console::Terminal,
             false if self.command.is_empty() => return Err("name a COMMAND after --; a shell takes a terminal".into()),
             false => Console::Output,
         };
-        let dir = tempfile::Builder::new().prefix("vesiclectl-").tempdir()?;
+        let dir = scratch::directory("vesiclectl-", &std::env::temp_dir())?;
         let job = self.job(console, &dir.path().join("job"))?;
         let log = dir.path().join("log");
 
@@ -146,6 +146,7 @@ impl Run {
         let mut vesicle = Vesicle::spawn(self.vmm(&jail, console, &log, network.as_ref())?)
             .map_err(|error| format!("cannot run {}: {error}", self.vesicle.display()))?;
         let caught = pass_on_signals(vesicle.signaller())?;
+        before.close();
         // Only now that a signal would not leave it behind.
         if network.as_mut().map(Network::up).transpose()? == Some(true) {
             eprintln!("vesiclectl: this machine did not forward packets; net.ipv4.ip_forward is 1 from now on");

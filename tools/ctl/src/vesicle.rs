@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal};
 
-use crate::Client;
+use crate::{Client, scratch};
 
 /// A running VMM process with an API socket. It is killed when this is dropped.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl Vesicle {
     /// # Errors
     /// If the process or its socket cannot be made.
     pub fn spawn(mut command: Command) -> io::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("vesicle-").tempdir()?;
+        let dir = scratch::directory("vesicle-", &std::env::temp_dir())?;
         let socket = dir.path().join("api.sock");
         let listener = UnixListener::bind(&socket)?;
         let inherited = listener.as_raw_fd();

@@ -7,12 +7,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
-use vesiclectl::{Job, Vesicle};
+use vesiclectl::{Job, Vesicle, scratch};
 
 use crate::run::show_tail;
 
@@ -21,6 +21,10 @@ pub type Put = (&'static str, Value);
 
 /// Snapshots that are kept, for guests of different sizes and for other versions of what they are made from.
 const KEPT: usize = 4;
+
+/// How the names of those begin that are not made yet, or not removed yet, and the age at which nobody is at it any more.
+const NEW: &str = "new-";
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// A guest that is configured and booted by requests, but for the path of its job drive.
 pub struct Guest<'a> {
@@ -43,9 +47,11 @@ impl Warm {
     /// The guest cannot be booted.
     pub fn of(guest: &Guest, cache: &Path) -> Result<Option<Self>, Box<dyn Error>> {
         let warm = Self(cache.join(guest.key()?));
-        if warm.0.is_dir() {
+        if warm.state().is_file() && warm.memory().is_file() {
             return Ok(Some(warm));
         }
+        // Whoever tidies up caches may have left a part, which would be in the way.
+        let _ = discard(&warm.0);
         let not_kept = |error: Box<dyn Error>| {
             eprintln!("vesiclectl: no snapshot of the guest is kept in {}: {error}", cache.display());
             Ok(None)
@@ -88,7 +94,7 @@ impl Warm {
     /// # Errors
     /// It cannot be removed.
     pub fn discard(self) -> io::Result<()> {
-        fs::remove_dir_all(self.0)
+        discard(&self.0)
     }
 }
 
@@ -174,19 +180,56 @@ fn save(vmm: &Vesicle, dir: &Path) -> Result<(), Box<dyn Error>> {
 
 fn directory_in(cache: &Path) -> io::Result<TempDir> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(cache)?;
-    tempfile::Builder::new().prefix("new-").tempdir_in(cache)
+    scratch::directory(NEW, cache)
 }
 
-/// Removes all but the newest, and what runs that were interrupted left behind. Who runs from one has it open already.
+/// Removes a snapshot, of which nobody sees a part.
+fn discard(snapshot: &Path) -> io::Result<()> {
+    let name = snapshot.file_name().unwrap_or_default().to_string_lossy();
+    let aside = snapshot.with_file_name(format!("{NEW}{name}-{}", std::process::id()));
+    fs::rename(snapshot, &aside)?;
+    fs::remove_dir_all(aside)
+}
+
+/// Removes all but the newest, and what runs left behind that were killed. Who runs from one has it open already.
 fn prune(cache: &Path) {
     let entries = fs::read_dir(cache).into_iter().flatten().flatten();
-    let mut found: Vec<_> = entries
-        .map(|entry| {
-            (entry.metadata().and_then(|found| found.modified()).unwrap_or(SystemTime::UNIX_EPOCH), entry.path())
-        })
-        .collect();
-    found.sort_unstable_by(|a, b| b.cmp(a));
-    for (_, path) in found.iter().skip(KEPT) {
-        let _ = fs::remove_dir_all(path);
+    let found = entries.map(|entry| {
+        (entry.metadata().and_then(|found| found.modified()).unwrap_or(SystemTime::UNIX_EPOCH), entry.path())
+    });
+    let is_new = |path: &Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(NEW.as_bytes()));
+    let (new, mut kept): (Vec<_>, Vec<_>) = found.partition(|(_, path)| is_new(path));
+    for (made, path) in new {
+        if made.elapsed().is_ok_and(|age| age > ABANDONED) {
+            let _ = fs::remove_dir_all(path);
+        }
+    }
+    kept.sort_unstable_by(|a, b| b.cmp(a));
+    for (_, path) in kept.iter().skip(KEPT) {
+        let _ = discard(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_snapshots_stay_and_those_that_somebody_makes() {
+        let cache = tempfile::tempdir().unwrap();
+        let begin = SystemTime::now() - 2 * ABANDONED;
+        for (age, name) in ["new-killed", "a", "b", "c", "d", "e", "f", "new-one"].into_iter().enumerate() {
+            let path = cache.path().join(name);
+            fs::create_dir(&path).unwrap();
+            let made = if name == "new-one" { SystemTime::now() } else { begin + Duration::from_secs(age as u64) };
+            File::open(&path).unwrap().set_modified(made).unwrap();
+        }
+        prune(cache.path());
+        let mut left: Vec<_> = fs::read_dir(cache.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort_unstable();
+        assert_eq!(left, ["c", "d", "e", "f", "new-one"]);
     }
 }

@@ -87,3 +87,23 @@ fn an_image_that_nobody_made_of_a_tar_without_a_shell_boots() {
         /tmp UNKNOWN:UNKNOWN 0:0 1777\n/etc/resolv.conf UNKNOWN:UNKNOWN 0:0 644\n";
     assert_eq!(run(&image, &stat), (expected.into(), 0));
 }
+
+#[test]
+fn a_signal_leaves_nothing_beside_the_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let [bin, source, output] = ["bin", "source", "output"].map(|name| dir.path().join(name));
+    [&bin, &source, &output].iter().for_each(|path| fs::create_dir(path).unwrap());
+    // One that takes its time.
+    fs::write(bin.join("mke2fs"), "#!/bin/sh\nexec sleep 5\n").unwrap();
+    fs::set_permissions(bin.join("mke2fs"), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut build = Command::new(env!("CARGO_BIN_EXE_vesiclectl"));
+    build.args(["image", "build", "--output"]).arg(output.join("image")).arg(&source);
+    build.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap()));
+    let mut child = build.spawn().unwrap();
+    while fs::read_dir(&output).unwrap().count() == 0 {
+        std::thread::yield_now();
+    }
+    Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(fs::read_dir(&output).unwrap().count(), 0);
+}

@@ -68,6 +68,24 @@ fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
         "in a jail (user, root directory and mounts of its own), by Landlock and system-call filters\n"
     );
 
+    // Root's files are for root alone to write, and then the VMM is root, which is said.
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("rootfs.ext4");
+    fs::copy(artefact("rootfs"), &image).unwrap();
+    let (output, errors, status) = run(&[&["--rootfs", image.to_str().unwrap(), "--writable"], &command[..]].concat());
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    let user = format!("as user 0, the only one who may use {} as asked, in a jail (root directory", image.display());
+    assert!(confined(&errors).starts_with(&user), "{errors}");
+
+    // Where a file system of the host's has no devices, the jail is the same.
+    let tmp = tempfile::tempdir().unwrap();
+    let mut launcher = Command::new("unshare");
+    launcher.args(["-m", "sh", "-c", "mount -t tmpfs -o nodev tmpfs \"$TMPDIR\" && exec \"$@\"", "sh"]);
+    launcher.arg(env!("CARGO_BIN_EXE_vesiclectl")).args(arguments(&command)).env("TMPDIR", tmp.path());
+    let (output, errors, status) = told(launcher.stdin(Stdio::null()).output().unwrap());
+    assert_eq!((output.as_str(), status), ("hi\n", 7), "{errors}");
+    assert!(confined(&errors).starts_with("in a jail (user, "), "{errors}");
+
     // Somebody else, who may go where the programs are and use KVM.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
@@ -174,6 +192,22 @@ fn a_signal_ends_the_launcher_the_vmm_and_what_they_left_in_tmp() {
 }
 
 #[test]
+fn a_signal_while_the_input_is_read_leaves_nothing_in_tmp() {
+    let tmp = tempfile::tempdir().unwrap();
+    let mut reading = Command::new(env!("CARGO_BIN_EXE_vesiclectl"));
+    reading.args(["run", "--vesicle=/bin/false", "--kernel=/bin/false", "--stdin", "--", "cat"]);
+    let mut child = reading.env("TMPDIR", tmp.path()).stdin(Stdio::piped()).spawn().unwrap();
+    while fs::read_dir(tmp.path()).unwrap().count() == 0 {
+        std::thread::yield_now();
+    }
+    Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    // Its input is open to the end.
+    let _input = child.stdin.take();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn on_a_terminal_the_command_has_one_and_ours_is_left_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let words: Vec<_> = arguments(&["--", "sh", "-c", "tty; stty size; echo $TERM"])
@@ -231,6 +265,11 @@ fn a_run_starts_from_the_snapshot_that_the_first_one_made() {
     assert_eq!((status, said.as_str(), numbers[1]), (0, "", length));
     assert!(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().abs_diff(numbers[0]) < 60, "{numbers:?}");
     assert_eq!(kept(&snapshots), snapshot);
+
+    // Of one that was tidied up nothing is used.
+    fs::remove_file(snapshot[0].join("memory")).unwrap();
+    let (_, said, status) = run(&command);
+    assert!(status == 7 && said.contains("booting the guest once"), "{said}");
 
     // One that is damaged is not used again.
     OpenOptions::new().write(true).open(snapshot[0].join("memory")).unwrap().set_len(1 << 20).unwrap();

@@ -91,7 +91,7 @@ pub struct Files {
 impl Files {
     /// Copies and makes them, so that no disk and no shared file system shows up in what is measured.
     pub fn prepare(kernel: &Path, initramfs: &Path) -> Result<Self, Box<dyn Error>> {
-        let dir = tempfile::Builder::new().prefix("vesicle-bench-").tempdir_in("/dev/shm")?;
+        let dir = vesiclectl::scratch::directory("vesicle-bench-", Path::new("/dev/shm"))?;
         let files = Self { dir };
         files.copy(kernel, "vmlinux")?;
         files.copy(initramfs, "initramfs")?;

@@ -40,7 +40,7 @@ impl Cgroup {
     pub fn new() -> Option<Self> {
         let root = Path::new("/sys/fs/cgroup");
         let group = Self(root.join(format!("vesiclectl-{}", std::process::id())));
-        fs::create_dir(&group.0).ok()?;
+        vesiclectl::scratch::control_group(&group.0).ok()?;
         let _ = fs::write(root.join("cgroup.subtree_control"), "+memory");
         group.current().map(|_| group)
     }

@@ -145,7 +145,7 @@ impl Herd {
     /// # Errors
     /// One did not come, or did not answer, or drew what another drew.
     pub fn run(&self) -> Result<()> {
-        let dir = tempfile::Builder::new().prefix("vesicle-clone-").tempdir()?;
+        let dir = vesiclectl::scratch::directory("vesicle-clone-", &std::env::temp_dir())?;
         let files = match &self.origin {
             Origin::Snapshot(files) => files.clone(),
             Origin::Boot { kernel, initramfs, program } => {

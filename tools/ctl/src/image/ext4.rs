@@ -12,6 +12,9 @@ use super::{Error, MIB};
 const BLOCK: u64 = 4096;
 /// Bytes of an inode.
 const INODE: u64 = 256;
+/// The longest line of a script. debugfs reads lines into a buffer of its libc's BUFSIZ, 1,024 bytes with some, and what
+/// does not fit is the next command: with a `!` it would be one for the host's shell.
+const MAX_LINE: usize = 1000;
 
 /// How much an image has to hold.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -96,9 +99,11 @@ impl Corrections {
     }
 
     fn command(&mut self, name: &str, words: &[&[u8]]) -> Result<(), Error> {
+        let start = self.0.len();
         self.0.extend_from_slice(name.as_bytes());
         for word in words {
-            if word.iter().any(|byte| matches!(byte, b'\n' | b'\0')) {
+            // Each of them ends a line.
+            if word.iter().any(|byte| matches!(byte, b'\n' | b'\r' | b'\0')) {
                 return Err(Error::entry(word, "has a line break in it, which debugfs cannot be told"));
             }
             self.0.extend_from_slice(b" \"");
@@ -106,6 +111,9 @@ impl Corrections {
                 self.0.extend_from_slice(if byte == b'"' { b"\"\"" } else { std::slice::from_ref(&byte) });
             }
             self.0.push(b'"');
+            if self.0.len() - start > MAX_LINE {
+                return Err(Error::entry(word, "is longer than debugfs can be told"));
+            }
         }
         self.0.push(b'\n');
         Ok(())
@@ -153,4 +161,27 @@ fn run<'a>(tool: &'static str, words: impl IntoIterator<Item = &'a OsStr>) -> Re
     let output = command.stdin(Stdio::null()).stdout(Stdio::null()).output();
     let output = output.map_err(|source: io::Error| Error::NoTool { tool, source })?;
     Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).trim_end().to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_debugfs_would_not_read_as_one_line_is_refused() {
+        let mut corrections = Corrections::default();
+        let long = [&b"/".repeat(900), &b" "[..], b"!id"].concat();
+        corrections.mode(&long, 0o644).unwrap();
+        assert!(corrections.0.split(|&byte| byte == b'\n').all(|line| line.len() <= MAX_LINE));
+        for hostile in [&b"/a\n!id"[..], b"/a\r!id", b"/a\0!id", &b"/".repeat(1000), &b"\"".repeat(500)] {
+            let tried = [
+                corrections.mode(hostile, 0o644),
+                corrections.directory(hostile, 0o755),
+                corrections.empty_file(hostile, 0o644),
+                corrections.node(hostile, &["p"]),
+                corrections.attribute(b"/a", hostile, Path::new("value")),
+            ];
+            assert!(tried.iter().all(Result::is_err), "{tried:?}");
+        }
+    }
 }

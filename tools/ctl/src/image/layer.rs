@@ -21,6 +21,8 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Other names that begin like this belong to a file system that images were once made with.
 const AUFS: &[u8] = b".wh..wh.";
+/// The longest name of an extended attribute, in bytes, that Linux takes.
+const MAX_ATTRIBUTE: usize = 255;
 
 /// Reads so much and no more. An archive's headers are kept in memory, and say themselves how long they are.
 #[derive(Debug)]
@@ -160,6 +162,9 @@ fn attributes<R: Read>(entry: &mut Entry<'_, R>, path: &[u8]) -> Result<Attribut
         if let Some(name) = extension.key_bytes().strip_prefix(b"SCHILY.xattr.")
             && (name == b"security.capability" || name.starts_with(b"user."))
         {
+            if name.len() > MAX_ATTRIBUTE {
+                return Err(Error::entry(path, "has an extended attribute with too long a name"));
+            }
             attributes.push((name.to_vec(), extension.value_bytes().to_vec()));
         }
     }

@@ -182,7 +182,7 @@ impl Build {
             _ => Path::new("."),
         };
         // Beside the image: there is room, and a rename is enough at the end.
-        let work = tempfile::Builder::new().prefix(".vesiclectl-").tempdir_in(parent);
+        let work = vesiclectl::scratch::directory(".vesiclectl-", parent);
         let work = work.map_err(Error::io("make a directory in", parent))?;
         let image = work.path().join("image");
 

@@ -156,6 +156,8 @@ fn hostile_layers_are_refused_in_words() {
     let deep = Layer::default().pax("path", "d/".repeat(257).as_bytes()).dir("d").end();
     let long = Layer::default().pax("path", "n".repeat(256).as_bytes()).dir("d").end();
     let attribute = Layer::default().pax("SCHILY.xattr.user.a", b"a\nb").file("a", "").end();
+    let command = format!("SCHILY.xattr.user.{}!id #", " ".repeat(8300));
+    let command = Layer::default().pax(&command, b"").file("a", "").end();
     for (layer, words) in [
         (dots("../escape"), "\"../escape\" is no name in an image"),
         (dots("a/../../escape"), "is no name in an image"),
@@ -172,6 +174,7 @@ fn hostile_layers_are_refused_in_words() {
         (deep, "leads too deep"),
         (long, "is too long"),
         (attribute, "has extended headers that cannot be read"),
+        (command, "\"a\" has an extended attribute with too long a name"),
         (vec![b'x'; 4096], "it is damaged, or no tar archive"),
     ] {
         let said = complaint(std::slice::from_ref(&layer));

@@ -87,7 +87,7 @@ impl Record {
 
     /// Loads the snapshot into a VMM of its own, lets it run, and looks. Nothing it writes to a drive stays.
     fn first_run(&self, state: &State, vesicle: &Path, command: &[OsString], rest: Duration) -> Result<Vec<Run>> {
-        let dir = tempfile::Builder::new().prefix("vesiclectl-").tempdir()?;
+        let dir = vesiclectl::scratch::directory("vesiclectl-", &std::env::temp_dir())?;
         let vsock = dir.path().join("v.sock");
         let written = state.config().drives.iter().filter(|drive| !drive.is_read_only);
         let overlays: Vec<_> = written.map(|drive| json!({ "drive_id": drive.drive_id, "overlay": {} })).collect();
