@@ -119,3 +119,20 @@ fn a_status_of_a_command_is_never_one_of_setting_up() {
         assert_eq!(status, expected, "{command}: {said}");
     }
 }
+
+#[test]
+fn a_fuzzer_says_what_it_skipped_and_counts_in_every_language() {
+    let host = Host::new();
+    host.command("cargo", r#"echo "{\"kind\":[\"lib\"],\"executable\":\"$HOST/bin/properties\"}""#);
+    host.command(
+        "properties",
+        r#"case "$*" in *--show-output*) echo 'SKIPPED: a TAP' ;; esac; echo 'test result: ok. 1 passed'"#,
+    );
+    let (said, status) = host.run(r#""$tools/fuzz" --seconds 1 net"#);
+    assert!(status == 0 && said.contains(" s, SKIPPED: a TAP\n"), "{status}: {said}");
+    // Nor do counts and times depend on how the user's language writes numbers.
+    host.command("properties", "echo 'test result: ok. 1 passed'");
+    let comma = r#"localedef -i de_DE -f UTF-8 "$HOST/de_DE.UTF-8"; export LOCPATH=$HOST LC_ALL=de_DE.UTF-8"#;
+    let (said, status) = host.run(&format!(r#"{comma}; "$tools/fuzz" --seconds 1 net"#));
+    assert!(status == 0 && said.contains(" inputs in "), "{status}: {said}");
+}

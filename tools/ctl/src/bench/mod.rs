@@ -51,6 +51,7 @@ Usage: vesiclectl bench --part PART --vmm NAME=PATH[:MAPPING]... --kernel FILE -
   --only FIGURE        only what yields this figure; may be repeated
   --json FILE          add the results to those in FILE
   --show               print the table, with what is in FILE already
+  --check NAME         fail if a median of NAME's missed its goal; may be repeated
 ";
 
 /// What to measure.
@@ -63,6 +64,8 @@ pub struct Arguments {
     only: Vec<String>,
     json: Option<PathBuf>,
     show: bool,
+    /// Whose goals decide on the exit status.
+    check: Vec<String>,
 }
 
 /// What the guests boot.
@@ -75,7 +78,7 @@ impl Arguments {
     /// Parses what follows `bench`; `None` if help is asked for.
     pub fn parse(parser: &mut Parser) -> Result<Option<Self>, Box<dyn Error>> {
         let (mut part, mut kernel, mut initramfs, mut json, mut runs) = (None, None, None, None, None);
-        let (mut subjects, mut only, mut show) = (Vec::new(), Vec::new(), false);
+        let (mut subjects, mut only, mut show, mut check) = (Vec::new(), Vec::new(), false, Vec::new());
         while let Some(argument) = parser.next()? {
             match argument {
                 Arg::Long("part") => part = Some(Part::named(&parser.value()?.string()?)?),
@@ -86,12 +89,17 @@ impl Arguments {
                 Arg::Long("runs") => runs = Some(parser.value()?.parse()?),
                 Arg::Long("only") => only.push(figures::known(parser.value()?.string()?)?),
                 Arg::Long("show") => show = true,
+                Arg::Long("check") => check.push(parser.value()?.string()?),
                 Arg::Long("json") => json = Some(parser.value()?.into()),
                 Arg::Long("help") | Arg::Short('h') => return Ok(None),
                 other => return Err(other.unexpected().into()),
             }
         }
         let part = part.ok_or("name a --part")?;
+        let names: Vec<_> = subjects.iter().map(Subject::name).collect();
+        if let Some(twice) = (1..names.len()).find(|&index| names[..index].contains(&names[index])) {
+            return Err(format!("two VMMs are called {}, and would be one in the results", names[twice]).into());
+        }
         let images = match (kernel, initramfs) {
             (Some(kernel), Some(initramfs)) => Some(Images { kernel, initramfs }),
             (None, None) if show => None,
@@ -105,10 +113,12 @@ impl Arguments {
             only,
             json,
             show,
+            check,
         }))
     }
 
-    /// Measures, prints the table, writes the JSON. Returns the exit status: 1 if something could not be measured.
+    /// Measures, prints the table, writes the JSON. Returns the exit status: 1 if something could not be measured, or
+    /// missed its goal and that was to be checked.
     pub fn run(self) -> Result<u8, Box<dyn Error>> {
         let mut report = Report::load(self.part, self.json.as_deref());
         let mut status = 0;
@@ -125,6 +135,12 @@ impl Arguments {
         }
         if self.show {
             print!("{}", report.table());
+        }
+        for subject in &self.check {
+            for what in report.missed(subject) {
+                eprintln!("vesiclectl: {subject} missed a goal: {what}");
+                status = 1;
+            }
         }
         Ok(status)
     }
@@ -161,5 +177,23 @@ impl Arguments {
             }
         }
         status
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vmms_are_measured_under_names_of_their_own() {
+        let parse = |vmms: &str| {
+            let line = format!("--part native --kernel k --initramfs i {vmms}");
+            Arguments::parse(&mut Parser::from_args(line.split_whitespace())).map(|_| ()).map_err(|e| e.to_string())
+        };
+        assert_eq!(parse("--vmm a=x --vmm b=x --qemu y"), Ok(()));
+        for vmms in ["--vmm a=x --vmm b=y --vmm a=z", "--vmm a=x --vmm a=x:Shared"] {
+            assert_eq!(parse(vmms), Err("two VMMs are called a, and would be one in the results".to_owned()));
+        }
+        assert!(parse("--vmm qemu=x --qemu y").is_err());
     }
 }

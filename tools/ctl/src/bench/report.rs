@@ -61,6 +61,14 @@ impl Report {
         Ok(())
     }
 
+    /// What of a subject missed its goal.
+    pub fn missed(&self, subject: &str) -> Vec<&'static str> {
+        let median = |figure: &Figure| self.figures.get(figure.id)?["results"][subject]["median"].as_f64();
+        let figures = figures::of(self.part).iter();
+        let missed = figures.filter(|figure| median(figure).is_some_and(|median| misses(figure, median)));
+        missed.map(|figure| figure.what.trim_start()).collect()
+    }
+
     /// The table: a line for each figure that was measured, a column for each subject.
     pub fn table(&self) -> String {
         let mut subjects: Vec<&str> = Vec::new();
@@ -86,13 +94,17 @@ fn read(path: &Path) -> Map<String, Value> {
     serde_json::from_str(&fs::read_to_string(path).unwrap_or_default()).unwrap_or_default()
 }
 
+fn misses(figure: &Figure, median: f64) -> bool {
+    figure.goal.is_some_and(|goal| median > goal)
+}
+
 fn row(figure: &Figure, results: &Value, subjects: &[&str]) -> Vec<String> {
     let mut row = vec![figure.what.to_owned()];
     for &subject in subjects {
         let value = |key: &str| results[subject][key].as_f64();
         row.push(match (value("median"), value("min"), value("max")) {
             (Some(median), Some(min), Some(max)) => {
-                let missed = if figure.goal.is_some_and(|goal| median > goal) { " !" } else { "" };
+                let missed = if misses(figure, median) { " !" } else { "" };
                 let spread = if min < max { format!(" {}–{}", short(min), short(max)) } else { String::new() };
                 format!("{} {}{spread}{missed}", short(median), figure.unit.symbol())
             }
@@ -141,6 +153,7 @@ mod tests {
         let table = report.table();
         let lines: Vec<_> = table.lines().collect();
         assert_eq!(lines.len(), 2, "{table}");
+        assert_eq!((report.missed("a").len(), report.missed("b").len(), report.missed("c").len()), (0, 1, 0));
         assert!(lines[1].contains("0.70 ms 0.10–0.90 ") && lines[1].contains("1.40 ms 0.20–1.80 !"), "{table}");
     }
 
