@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::random;
+
 /// Longest path of a socket in bytes (`sun_path` without the terminating NUL, unix(7)).
 const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted.
@@ -93,20 +95,14 @@ impl Drop for SocketFile {
 /// The path is too long, in use, or no socket; or a system call failed.
 pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile), SocketError> {
     let system = |what| move |source| SocketError::System { what, path: path.to_owned(), source };
-    let temporary = path.with_file_name(format!(".{}", std::process::id()));
-    let address = address(&temporary)?;
-    let final_address = self::address(path)?;
+    let final_address = address(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(system("create"))?;
     // Linux takes the mode of the file to be from the socket (unix(7)): there is no moment in which
     // it is open to others, and no umask, which all threads share, to change.
     let file = fs::File::from(OwnedFd::from(socket));
     file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(system("restrict"))?;
     let socket = Socket::from(OwnedFd::from(file));
-    if socket.bind(&address).is_err() {
-        // Left behind by a process of the same id that died here.
-        let _ = fs::remove_file(&temporary);
-        socket.bind(&address).map_err(system("bind"))?;
-    }
+    let temporary = bind_beside(&socket, path)?;
     let failed = system("publish");
     let publish = || {
         socket.listen(BACKLOG).map_err(failed)?;
@@ -129,6 +125,21 @@ pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile
     };
     let file = publish().inspect_err(|_| _ = fs::remove_file(&temporary))?;
     Ok((OwnedFd::from(socket).into(), file))
+}
+
+/// Binds under a name nobody else has, in the same directory; returns it. Whoever has it may be another process, even one
+/// of the same id, in another container.
+fn bind_beside(socket: &Socket, path: &Path) -> Result<PathBuf, SocketError> {
+    let failed = |source| SocketError::System { what: "bind", path: path.to_owned(), source };
+    loop {
+        let [a, b, c, ..] = random::bytes().map_err(failed)?;
+        let temporary = path.with_file_name(format!(".{a:02x}{b:02x}{c:02x}"));
+        match socket.bind(&address(&temporary)?) {
+            Ok(()) => return Ok(temporary),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
 }
 
 fn address(path: &Path) -> Result<SockAddr, SocketError> {
@@ -201,6 +212,16 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         drop((listener, file));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_process_of_the_same_id_in_another_container_keeps_its_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join(format!(".{}", std::process::id()));
+        let listener = UnixListener::bind(&other).unwrap();
+        let _ours = bind(&dir.path().join("api.sock"), Existing::Replaced).unwrap();
+        UnixStream::connect(&other).unwrap();
+        listener.accept().unwrap();
     }
 
     #[test]

@@ -7,9 +7,10 @@ use saphyr::{LoadableYamlNode, Yaml};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::routes::{Action, ENDPOINTS, route};
+use super::routes::{Action, Ask, ENDPOINTS, config_commands, route};
 use super::types;
 use crate::config;
+use crate::control::Command;
 
 /// The document as JSON, which YAML is a superset of.
 fn document() -> Value {
@@ -220,4 +221,90 @@ fn the_limits_in_the_document_are_the_limits() {
     }
     assert_eq!(schemas["BootSource"]["properties"]["boot_args"]["maxLength"], config::MAX_CMDLINE);
     assert_eq!(schemas["BootSource"]["properties"]["boot_args"]["default"], config::DEFAULT_BOOT_ARGS);
+}
+
+/// What a schema allows at its edges, and what lies beyond them.
+#[derive(Default)]
+struct Edges {
+    legal: Vec<Value>,
+    illegal: Vec<Value>,
+}
+
+fn edges(document: &Value, schema: &Value) -> Edges {
+    let mut edges = Edges::default();
+    for (bound, beyond) in [("minimum", -1), ("maximum", 1)] {
+        if let Some(number) = schema[bound].as_i64() {
+            edges.legal.push(number.into());
+            edges.illegal.push((number + beyond).into());
+        }
+    }
+    if let Some(length) = schema["maxLength"].as_u64() {
+        edges.legal.push("a".repeat(length as usize).into());
+        edges.illegal.push("a".repeat(length as usize + 1).into());
+    }
+    if schema["pattern"].is_string() {
+        edges.illegal.extend(["".into(), "\u{e9}".into()]);
+    }
+    if schema["minItems"] == 1 {
+        edges.illegal.push(json!([]));
+    }
+    if let Some(count) = schema["maxItems"].as_u64() {
+        edges.illegal.push(vec![json!({}); count as usize + 1].into());
+    }
+    if schema["minProperties"].is_u64() {
+        let mut least = sample(document, schema);
+        least.as_object_mut().unwrap().retain(|name, _| strings(&schema["required"]).contains(name.as_str()));
+        edges.illegal.push(least);
+    }
+    edges
+}
+
+/// Tries the edges of a schema and of all within it, each in a body that is legal but for it; returns how many.
+fn try_edges(document: &Value, schema: &Value, at: &str, body: &Value, accepts: &dyn Fn(&Value) -> bool) -> usize {
+    let schema = resolve(document, schema);
+    if let Some(schemas) = schema.get("oneOf") {
+        return try_edges(document, &schemas[0], at, body, accepts);
+    }
+    let Edges { legal, illegal } = edges(document, schema);
+    let mut tried = legal.len() + illegal.len();
+    let all = legal.into_iter().map(|value| (value, true)).chain(illegal.into_iter().map(|value| (value, false)));
+    for (value, expected) in all {
+        let mut changed = body.clone();
+        *changed.pointer_mut(at).unwrap() = value.clone();
+        assert_eq!(accepts(&changed), expected, "{at:?} {value}");
+    }
+    for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+        let at = format!("{at}/{name}");
+        if body.pointer(&at).is_some() {
+            tried += try_edges(document, schema, &at, body, accepts);
+        }
+    }
+    let first = format!("{at}/0");
+    if body.pointer(&first).is_some() {
+        tried += try_edges(document, &schema["items"], &first, body, accepts);
+    }
+    tried
+}
+
+#[test]
+fn what_lies_at_the_edge_of_the_document_is_accepted_and_what_lies_beyond_refused() {
+    let document = document();
+    let mut tried = 0;
+    for endpoint in ENDPOINTS.iter().filter(|endpoint| endpoint.method != Method::GET) {
+        let operation = &document["paths"][format!("/{}", endpoint.path)][endpoint.method.as_str().to_lowercase()];
+        let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+        let path = format!("/{}", endpoint.path.replace("{drive_id}", "a").replace("{iface_id}", "a"));
+        let accepts = |body: &Value| match route(&endpoint.method, &path, body.to_string().as_bytes()) {
+            // Whether an update is legal depends on what it changes.
+            Ok(Action::Ask(Ask { command: Command::PatchMachine(update), .. })) => {
+                update.apply(&config::MachineConfig::default()).is_ok()
+            }
+            answer => answer.is_ok(),
+        };
+        tried += try_edges(&document, schema, "", &sample(&document, schema), &accepts);
+    }
+    let file = &document["components"]["schemas"]["FullVmConfiguration"];
+    let accepts = |body: &Value| config_commands(body.to_string().as_bytes()).is_ok();
+    tried += try_edges(&document, file, "", &sample(&document, file), &accepts);
+    assert!(tried > 100, "{tried}");
 }

@@ -132,3 +132,16 @@ fn create() -> io::Result<OwnedFd> {
 fn check(done: libc::c_int, what: &'static str) -> Result<(), Error> {
     checked(done).map(drop).map_err(|source| Error::Io(what, source))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ours shares the type with the VMM, and would not notice.
+    #[test]
+    fn a_handler_that_others_wrote_finds_the_names_it_looks_for() {
+        let mapping = Mapping { base_host_virt_addr: 1, size: 2, offset: 3, page_size: 4096, page_size_kib: 4096 };
+        let told = r#"[{"base_host_virt_addr":1,"size":2,"offset":3,"page_size":4096,"page_size_kib":4096}]"#;
+        assert_eq!(serde_json::to_string(&[mapping]).unwrap(), told);
+    }
+}
