@@ -37,6 +37,8 @@ pub struct Console {
     pending: Vec<u8>,
     /// The destination is watched for room.
     output_watched: bool,
+    /// Standard input, except in tests.
+    input_fd: RawFd,
     input: Input,
 }
 
@@ -57,7 +59,8 @@ impl Console {
     pub fn new(file: Option<File>, limit: Option<&TokenBucketConfig>) -> Self {
         let opened = Instant::now();
         let limiter = limit.map(|config| TokenBucket::new(config, 0));
-        Self { file, limiter, opened, pending: Vec::new(), output_watched: false, input: Input::None }
+        let (pending, input_fd) = (Vec::new(), libc::STDIN_FILENO);
+        Self { file, limiter, opened, pending, output_watched: false, input_fd, input: Input::None }
     }
 
     /// Gives the guest standard input, unless the console goes to a file. A terminal in the
@@ -66,11 +69,11 @@ impl Console {
         if self.file.is_some() {
             return;
         }
-        if io::stdin().is_terminal() && !make_raw() {
+        if stdio(self.input_fd).is_terminal() && !make_raw() {
             return;
         }
         // Closed, `/dev/null` and regular files cannot be watched: they are no input.
-        if events.add(libc::STDIN_FILENO, When::Readable, Token::Input).is_ok() {
+        if events.add(self.input_fd, When::Readable, Token::Input).is_ok() {
             self.input = Input::Watched;
         }
     }
@@ -107,7 +110,7 @@ impl Console {
             self.pause_input(serial, events);
             return;
         }
-        match stdio(libc::STDIN_FILENO).read(&mut buffer[..room]) {
+        match stdio(self.input_fd).read(&mut buffer[..room]) {
             Ok(0) => self.close_input(events),
             Ok(count) => {
                 METRICS.uart.read_count.add(count as u64);
@@ -120,7 +123,7 @@ impl Console {
 
     /// The guest has read: watch standard input again.
     pub fn resume_input(&mut self, events: &EventLoop) {
-        if self.input == Input::Waiting && events.add(libc::STDIN_FILENO, When::Readable, Token::Input).is_ok() {
+        if self.input == Input::Waiting && events.add(self.input_fd, When::Readable, Token::Input).is_ok() {
             self.input = Input::Watched;
         }
     }
@@ -188,7 +191,7 @@ impl Console {
     }
 
     fn pause_input(&mut self, serial: &Mutex<Serial>, events: &EventLoop) {
-        if events.remove(libc::STDIN_FILENO).is_ok() {
+        if events.remove(self.input_fd).is_ok() {
             self.input = Input::Waiting;
         }
         // From here the UART tells when it has room; it may have got some meanwhile.
@@ -198,7 +201,7 @@ impl Console {
     }
 
     fn close_input(&mut self, events: &EventLoop) {
-        let _ = events.remove(libc::STDIN_FILENO);
+        let _ = events.remove(self.input_fd);
         self.input = Input::None;
     }
 
@@ -267,6 +270,7 @@ mod tests {
 
     const DATA: u16 = 0;
     const LSR: u16 = 5;
+    const LSR_DATA_READY: u8 = 1;
     const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 
     fn serial() -> Mutex<Serial> {
@@ -328,6 +332,47 @@ mod tests {
         }
         assert!(is_whole(&read));
         assert!(write(&serial, 0, 1) == 1, "there is room again");
+    }
+
+    #[test]
+    fn a_flood_of_input_waits_on_the_host_until_the_guest_has_read_and_none_of_it_is_lost() {
+        let mut events = EventLoop::new().unwrap();
+        let serial = serial();
+        events.add(lock(&serial).wake_fd().as_raw_fd(), When::BecameReadable, Token::Serial).unwrap();
+        let (input, mut flood) = io::pipe().unwrap();
+        let mut console = Console { input_fd: input.as_raw_fd(), ..Console::new(None, None) };
+        console.open_input(&events);
+        let bytes: Vec<_> = (0..1000).map(|index| (index % 251) as u8).collect();
+        flood.write_all(&bytes).unwrap();
+        let mut turn = |console: &mut Console| {
+            for _ in 0..10 {
+                let tokens: Vec<_> = events.wait(Some(Duration::ZERO)).unwrap().collect();
+                for token in &tokens {
+                    match token {
+                        Token::Serial => console.resume_input(&events),
+                        _ => console.read_input(&serial, &events),
+                    }
+                }
+                if tokens.is_empty() {
+                    return;
+                }
+            }
+            panic!("it wakes for what there is no room for");
+        };
+        let mut read = Vec::new();
+        while read.len() < bytes.len() {
+            turn(&mut console);
+            let mut guest = lock(&serial);
+            assert_eq!(guest.input_room() == 0, bytes.len() - read.len() >= 64);
+            assert_eq!(console.input == Input::Waiting, guest.input_room() == 0);
+            while guest.read(LSR) & LSR_DATA_READY != 0 {
+                read.push(guest.read(DATA));
+            }
+        }
+        assert!(read == bytes);
+        drop(flood);
+        turn(&mut console);
+        assert_eq!(console.input, Input::None);
     }
 
     #[test]

@@ -301,36 +301,49 @@ fn registers_read_as_memory_and_are_written_as_aligned_words() {
     }
     guest.mmio.read(0, &mut []);
     guest.mmio.write(0x70, &[]);
-
-    let capacity = 2048u64.to_le_bytes();
-    for width in [1, 2, 4, 8] {
-        for offset in (0..8).step_by(width) {
-            let mut data = vec![0; width];
-            guest.mmio.read(0x100 + offset as u64, &mut data);
-            assert_eq!(data, capacity[offset..offset + width]);
-        }
-    }
-    for offset in [0x100 + 60, 0xff8] {
-        let mut data = [0xff; 8];
-        guest.mmio.read(offset, &mut data);
-        assert_eq!(data, [0; 8]);
-    }
 }
 
+/// Whatever the status is, in and out of order (§2.5.3: a driver may read before FEATURES_OK).
 #[test]
-fn the_configuration_space_cannot_be_written() {
+fn the_configuration_space_is_read_in_any_width_and_cannot_be_written_in_any_state() {
     let guest = guest();
-    guest.boot(guest.offered());
-    let mut before = [0; 64];
-    guest.mmio.read(0x100, &mut before);
-    for offset in 0..80 {
-        guest.mmio.write(0x100 + offset, &[0xff]);
-        guest.mmio.write(0x100 + offset, &[0xff; 4]);
-        guest.mmio.write(0x100 + offset, &[0xff; 8]);
+    let break_it = || {
+        guest.set_available_index(1000);
+        guest.kick();
+    };
+    let (driver, ready) = (ACKNOWLEDGE | DRIVER, RUNNING & !DRIVER_OK);
+    let steps: [(u32, &dyn Fn()); 7] = [
+        (0, &|| guest.set_status(0)),
+        (ACKNOWLEDGE, &|| guest.set_status(ACKNOWLEDGE)),
+        (driver, &|| guest.set_status(driver)),
+        (ready, &|| guest.prepare(guest.offered())),
+        (RUNNING, &|| guest.set_status(RUNNING)),
+        (RUNNING | NEEDS_RESET, &break_it),
+        (RUNNING | NEEDS_RESET | FAILED, &|| guest.set_status(RUNNING | NEEDS_RESET | FAILED)),
+    ];
+    for (state, step) in steps {
+        step();
+        assert_eq!(guest.status(), state);
+        for offset in 0..80 {
+            for bytes in [&[0xff][..], &[0xff; 2], &[0xff; 4], &[0xff; 8]] {
+                guest.mmio.write(0x100 + offset, bytes);
+            }
+        }
+        let capacity = 2048u64.to_le_bytes();
+        for width in [1, 2, 4, 8] {
+            for offset in (0..8).step_by(width) {
+                let mut data = vec![0; width];
+                guest.mmio.read(0x100 + offset as u64, &mut data);
+                assert_eq!(data, capacity[offset..offset + width], "{state}");
+            }
+        }
+        for offset in [0x100 + 60, 0xff8] {
+            let mut data = [0xff; 8];
+            guest.mmio.read(offset, &mut data);
+            assert_eq!(data, [0; 8]);
+        }
+        assert_eq!(guest.status(), state);
     }
-    let mut after = [0; 64];
-    guest.mmio.read(0x100, &mut after);
-    assert_eq!(before, after);
 }
 
 #[test]

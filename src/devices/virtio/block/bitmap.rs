@@ -210,6 +210,13 @@ mod tests {
     }
 
     #[test]
+    fn a_bitmap_takes_at_most_a_4096th_of_what_was_written() {
+        let mut bitmap = Bitmap::default();
+        bitmap.set(0, 3 * CHUNK_SECTORS);
+        assert_eq!(bitmap.chunks.len() * size_of::<[u64; WORDS]>(), (3 * CHUNK_SECTORS * 512 / 4096) as usize);
+    }
+
+    #[test]
     fn the_last_sector_there_can_be_is_no_overflow() {
         let mut bitmap = Bitmap::default();
         bitmap.set(u64::MAX - 1, 5);

@@ -21,6 +21,7 @@ const TX: usize = 1;
 const TYPE: u16 = 0x88b5;
 
 mod limits;
+mod offloads;
 pub(crate) mod random;
 mod service;
 
@@ -445,53 +446,6 @@ fn what_the_host_refuses_is_lost_as_on_a_wire_and_counted() {
     cable.guest.kick();
     assert!(cable.host.received() == [frame(60, 3)]);
     assert!(!cable.needs_reset());
-}
-
-/// What the host leaves to the guest is what the guest said it can do.
-#[test]
-fn the_offloads_of_the_tap_follow_what_the_guest_acknowledges() {
-    let Some(cable) = Cable::new(all) else { return };
-    let bits = |bits: &[u32]| VERSION_1 | bits.iter().fold(0, |all, bit| all | 1u64 << bit);
-    let (csum, tso4, tso6, ufo) =
-        (VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO);
-    for (features, checksum, segmentation) in [
-        (bits(&[]), false, [false, false]),
-        (bits(&[csum]), true, [false, false]),
-        (bits(&[csum, tso4]), true, [true, false]),
-        (bits(&[csum, tso4, tso6]), true, [true, true]),
-        // Not without checksums, and not half of USO: the TAP would refuse.
-        (bits(&[tso4, tso6, ufo]), false, [false, false]),
-        (bits(&[csum, VIRTIO_NET_F_GUEST_USO4]), true, [false, false]),
-        (cable.guest.offered(), true, [true, true]),
-    ] {
-        cable.guest.boot(features);
-        assert_eq!(cable.guest.status(), 0xf);
-        assert_eq!(host_feature(ETHTOOL_GTXCSUM), checksum, "{features:#x}");
-        assert_eq!(host_feature(ETHTOOL_GTSO), segmentation[0] || segmentation[1], "{features:#x}");
-    }
-}
-
-const ETHTOOL_GTXCSUM: u32 = 0x16;
-const ETHTOOL_GTSO: u32 = 0x1e;
-
-/// Whether the host's interface leaves something to the device, ethtool(8).
-fn host_feature(command: u32) -> bool {
-    #[repr(C)]
-    struct Value {
-        command: u32,
-        data: u32,
-    }
-    let mut value = Value { command, data: 0 };
-    // SAFETY: SIOCETHTOOL takes an ifreq whose data is a structure that begins with the command.
-    unsafe {
-        let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0));
-        let mut request: libc::ifreq = std::mem::zeroed();
-        request.ifr_name[..4].copy_from_slice(&b"tap0".map(u8::cast_signed));
-        request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        const SIOCETHTOOL: libc::Ioctl = 0x8946;
-        assert_eq!(libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &mut request), 0, "{}", io::Error::last_os_error());
-    }
-    value.data != 0
 }
 
 #[test]

@@ -214,5 +214,7 @@ impl VirtioDevice for Vsock {
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_races;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod tests_random;

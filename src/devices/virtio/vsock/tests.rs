@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -49,6 +50,21 @@ fn who_is_not_listened_for_is_refused() {
     rig.send(port, 53, RESET);
     assert_eq!(rest(&mut stream), b"", "closed without a word");
     assert_eq!(rig.ops(), [0; 0]);
+}
+
+#[test]
+fn a_guest_that_asks_for_a_socket_whose_backlog_is_full_is_refused_until_somebody_accepts() {
+    let rig = Rig::ready();
+    let listener = rig.listen(70);
+    // SAFETY: the descriptor is open.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    let ask = |guest_port| {
+        rig.send(70, guest_port, REQUEST);
+        rig.one().op
+    };
+    assert_eq!((ask(1000), ask(1001), ask(1002)), (RESPONSE, RESET, RESET));
+    let _accepted = listener.accept().unwrap();
+    assert_eq!((ask(1001), rig.connections()), (RESPONSE, 2));
 }
 
 #[test]
