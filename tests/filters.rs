@@ -1,6 +1,6 @@
 //! That every rule of the system-call filters is needed: the kernel's tracepoint notes what a microVM with all devices
 //! busy does, and what it never does must be marked in `resources/seccomp/x86_64.json` as rare, with the path that needs
-//! it.
+//! it. And that a vCPU makes its calls in the right order.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::snapshot::Snapshot;
 use common::tap::{Tap, mac};
@@ -69,16 +69,16 @@ fn a_line_of_the_trace_is_understood() {
 }
 
 /// The kernel's notes of the system calls of processes. They go when this is dropped.
-struct Trace(&'static Path);
+struct Trace(PathBuf);
 
 impl Trace {
-    fn new() -> Self {
+    fn new(name: &str) -> Self {
         let tracing = Path::new("/sys/kernel/tracing");
         if !tracing.join("instances").exists() {
             common::tap::host("mount -t tracefs tracefs /sys/kernel/tracing");
         }
-        let trace = Self(Path::new("/sys/kernel/tracing/instances/vesicle"));
-        fs::create_dir(trace.0).unwrap();
+        let trace = Self(tracing.join("instances").join(name));
+        fs::create_dir(&trace.0).unwrap();
         trace.set("buffer_size_kb", "65536");
         trace
     }
@@ -116,7 +116,7 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(self.0);
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
@@ -170,7 +170,7 @@ fn every_rule_of_the_filters_is_used_or_rare() {
         fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
         path
     };
-    let (trace, tap) = (Trace::new(), Tap::new());
+    let (trace, tap) = (Trace::new("rules"), Tap::new());
     let mut vm = Guest::tuned()
         .argument("--allow-path=/")
         .drive("sync", &image("one"), drive("Sync"))
@@ -213,4 +213,19 @@ fn every_rule_of_the_filters_is_used_or_rare() {
         }
     }
     assert!(unused.is_empty(), "never used and not marked as rare: {unused:#?}");
+}
+
+#[test]
+fn a_guest_is_told_that_it_stood_still_before_it_runs_again() {
+    const KVM_RUN: u64 = 0xae80;
+    const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+    let mut vm = Guest::tuned().boot();
+    vm.pause();
+    let trace = Trace::new("resume");
+    trace.watch(vm.pid());
+    vm.resume();
+    vm.ok("true");
+    let calls = trace.calls();
+    let mut calls = calls["vcpu"].iter().filter(|call| call.name == "ioctl").map(|call| call.arguments[1]);
+    assert_eq!([calls.next(), calls.next()], [Some(KVM_KVMCLOCK_CTRL), Some(KVM_RUN)]);
 }
