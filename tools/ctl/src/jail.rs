@@ -1,7 +1,7 @@
 //! How a run confines its VMM: as strictly as the host allows.
 
 use std::error::Error;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
@@ -40,8 +40,8 @@ pub struct Jail {
     owner: (u32, u32),
     /// The file whose owner that is, if it is no user of its own.
     owned: Option<PathBuf>,
-    /// Files that it uses, by the paths they have here and in the jail.
-    files: Vec<PathBuf>,
+    /// Files that it uses, by the paths they have here and in the jail, and whether it writes to them.
+    files: Vec<(PathBuf, bool)>,
     /// Why there is no stricter one.
     why_not: String,
 }
@@ -105,7 +105,7 @@ impl Jail {
         let inside = self.inside(&file);
         make_open(inside.parent().unwrap_or(&inside))?;
         File::create(inside)?;
-        self.files.push(file.clone());
+        self.files.push((file.clone(), write));
         Ok(file)
     }
 
@@ -160,7 +160,7 @@ impl Jail {
         let mounts: Vec<_> = self
             .files
             .iter()
-            .map(|file| Ok((c_string(file)?, c_string(&self.inside(file))?)))
+            .map(|(file, write)| Ok((c_string(file)?, c_string(&self.inside(file))?, *write)))
             .collect::<io::Result<_>>()?;
         let prepare = move || {
             // SAFETY: the child of a fork has one thread, and neither flag touches memory or descriptors.
@@ -171,13 +171,31 @@ impl Jail {
             // The jail's files are mounted where nobody else sees it, and are gone with the process.
             kvm.iter().try_for_each(|kvm| fcntl_setfd(kvm, FdFlags::empty()))?;
             mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-            mounts.iter().try_for_each(|(file, inside)| Ok(mount_bind(file, inside)?))
+            for (file, inside, write) in &mounts {
+                mount_bind(file, inside)?;
+                if !write {
+                    restrict(inside)?;
+                }
+            }
+            Ok(())
         };
         // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that its
         // child may do what it may.
         unsafe { command.pre_exec(prepare) };
         Ok(command)
     }
+}
+
+/// Has what is mounted at a path only be read there: who took over a VMM could otherwise change what the next run starts
+/// from, where they are one user.
+fn restrict(path: &CStr) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let size = size_of_val(&attributes);
+    // SAFETY: path and attributes live for the call, which is told how long these are.
+    let done = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, libc::AT_FDCWD, path.as_ptr(), 0, &raw const attributes, size)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes a directory, and those above it that there are not, for everybody to enter: the umask may be that of one who

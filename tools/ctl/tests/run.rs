@@ -53,6 +53,26 @@ fn a_command_hands_back_its_output_and_status_and_nothing_else() {
 }
 
 #[test]
+fn a_vmm_writes_to_no_file_that_later_runs_start_from() {
+    let jailer = vesicle().with_file_name("vesicle-jailer");
+    let command = ["--jailer", jailer.to_str().unwrap(), "--", "sh", "-c", "echo up; sleep 1000"];
+    let mut run = vesiclectl(&command).stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(output.any(|line| line == "up"));
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let vmm = fs::read_to_string(children).unwrap().trim().to_owned();
+    let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo")).unwrap();
+    for image in ["kernel-tuned", "initramfs-tuned"].map(artefact) {
+        let image = image.canonicalize().unwrap();
+        let mount = mounts.lines().find(|mount| mount.split(' ').nth(4).is_some_and(|at| Path::new(at) == image));
+        let options = mount.and_then(|mount| mount.split(' ').nth(5)).unwrap_or_default();
+        assert!(options.split(',').any(|option| option == "ro"), "{image:?}: {mounts}");
+    }
+    run.kill().unwrap();
+    run.wait().unwrap();
+}
+
+#[test]
 fn a_run_is_confined_as_strictly_as_the_host_allows_and_says_how() {
     let jailer = vesicle().with_file_name("vesicle-jailer");
     let jailer = jailer.to_str().unwrap();
