@@ -68,7 +68,7 @@ fn a_vmm_writes_to_no_file_that_later_runs_start_from() {
         let options = mount.and_then(|mount| mount.split(' ').nth(5)).unwrap_or_default();
         assert!(options.split(',').any(|option| option == "ro"), "{image:?}: {mounts}");
     }
-    run.kill().unwrap();
+    Command::new("kill").arg(run.id().to_string()).status().unwrap();
     run.wait().unwrap();
 }
 
