@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::snapshot::{Snapshot, allocated, copied, share, told, told_by, vesicle};
 use common::{Guest, MicroVm};
@@ -28,12 +28,20 @@ fn a_guest_goes_on_in_another_process() {
     for guest in [tuned(), debian("6.12").vcpus(2)] {
         let mut vm = guest.boot();
         vm.ok("echo remembered >/run/note; sleep 1000 & echo $! >/run/pid");
+        let began = Instant::now();
+        let then = uptime(&mut vm);
         let snapshot = Snapshot::of(&vm);
+        let mut ran = began.elapsed();
         let size = fs::metadata(&snapshot.memory).unwrap().len();
         assert!(allocated(&snapshot.memory) < size * 3 / 4, "untouched pages are holes");
         vm.kill();
+        std::thread::sleep(Duration::from_secs(3));
         let mut vm = vm.successor();
+        let began = Instant::now();
         vm.put("/snapshot/load", &snapshot.load());
+        let passed = uptime(&mut vm) - then;
+        ran += began.elapsed();
+        assert!(passed <= ran.as_secs_f64() + 0.1, "{passed} s passed in {ran:?}");
         assert_eq!(vm.ok("cat /run/note; kill -0 $(cat /run/pid) && echo alive"), "remembered\nalive");
         // Timers go on, on every vCPU.
         vm.ok("for cpu in $(seq 0 $(($(nproc) - 1))); do taskset $((1 << cpu)) sleep 0.1 || exit; done");
@@ -63,6 +71,33 @@ fn uptime(vm: &mut MicroVm) -> f64 {
     vm.ok("read seconds rest </proc/uptime; echo $seconds").parse().unwrap()
 }
 
+/// By how many seconds the guest's clock is behind the host's.
+fn behind(vm: &mut MicroVm) -> f64 {
+    let date: f64 = vm.ok("date +%s").parse().unwrap();
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64() - date
+}
+
+#[test]
+fn a_guest_on_kvmclock_catches_up_if_its_load_says_so() {
+    for (source, arguments) in [("kvm-clock", "clocksource=kvm-clock"), ("tsc", "clocksource=tsc tsc=reliable")] {
+        let mut vm = tuned().boot_args(arguments).boot();
+        assert_eq!(vm.ok("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"), source);
+        let before = behind(&mut vm);
+        let snapshot = Snapshot::of(&vm);
+        vm.kill();
+        std::thread::sleep(Duration::from_secs(10));
+        for clock_realtime in [false, true] {
+            vm = vm.successor();
+            let mut load = snapshot.load();
+            load["clock_realtime"] = json!(clock_realtime);
+            vm.put("/snapshot/load", &load);
+            let lost = behind(&mut vm) - before;
+            assert_eq!(lost < 5.0, clock_realtime && source == "kvm-clock", "{source}, {clock_realtime}: {lost} s");
+            vm.kill();
+        }
+    }
+}
+
 /// Random bytes that a guest draws.
 fn draws(vm: &mut MicroVm) -> String {
     vm.ok("head -c 16 /dev/urandom | od -An -tx1")
@@ -86,6 +121,20 @@ fn two_clones_of_one_snapshot_draw_different_random_numbers() {
         assert_ne!(draws(&mut second), drawn);
         assert_ne!(second.run("dmesg | grep -i 'crng reseeded'").0, "");
         second.shut_down();
+    }
+}
+
+#[test]
+fn a_guest_without_acpi_is_cloned_and_hears_nothing_of_it() {
+    let mut vm = tuned().boot_args("acpi=off").boot();
+    let snapshot = Snapshot::of(&vm);
+    vm.kill();
+    for _ in 0..2 {
+        vm = vm.successor();
+        vm.put("/snapshot/load", &snapshot.load());
+        draws(&mut vm);
+        assert_eq!(vm.run("dmesg | grep -i 'crng reseeded'").0, "");
+        vm.kill();
     }
 }
 
