@@ -173,8 +173,8 @@ impl Jail {
             mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
             mounts.iter().try_for_each(|(file, inside)| Ok(mount_bind(file, inside)?))
         };
-        // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that its
-        // child may do what it may.
+        // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that
+        // its child may do what it may.
         unsafe { command.pre_exec(prepare) };
         Ok(command)
     }
