@@ -39,7 +39,8 @@ refresh_lists() {
   [[ -z $lists_are_fresh ]] || return 1
   lists_are_fresh=1
   say "refreshing the package lists"
-  # A password is asked for here, if at all: below nobody would see it. The lists have a lock that apt-get waits for not.
+  # A password is asked for here, if at all: below nobody would see it. The lists have a lock of their own, for which
+  # apt-get does not wait.
   as_root true || return
   until said=$(apt update 2>&1); do
     if [[ $said != *"Could not get lock"* ]] || ((SECONDS > deadline)); then say "$said"; return 1; fi
@@ -108,7 +109,8 @@ newest_package() {
 }
 
 # unpacked PACKAGE: prints a directory with the content of a Debian package, which is fetched but not installed.
-# The name may be a regular expression; where no package has it, the exit status is 3. A version that was fetched once is used until the cache is emptied.
+# The name may be a regular expression; where no package has it, the exit status is 3. A version that was fetched once
+# is used until the cache is emptied.
 unpacked() {
   local dir name
   for dir in "$cache"/packages/*/; do

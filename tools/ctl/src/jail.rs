@@ -179,8 +179,8 @@ impl Jail {
             }
             Ok(())
         };
-        // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that its
-        // child may do what it may.
+        // SAFETY: this process starts a VMM before it has other threads, but for one that waits for signals, so that
+        // its child may do what it may.
         unsafe { command.pre_exec(prepare) };
         Ok(command)
     }

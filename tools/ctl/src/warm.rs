@@ -22,8 +22,9 @@ pub type Put = (&'static str, Value);
 /// Snapshots that are kept, for guests of different sizes and for other versions of what they are made from.
 const KEPT: usize = 4;
 
-/// How the names of those begin that are not made yet, or not removed yet, and the age at which nobody is at it any more.
+/// How the names of those begin that are not made yet, or not removed yet.
 const NEW: &str = "new-";
+/// The age at which nobody is at it any more.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// A guest that is configured and booted by requests, but for the path of its job drive.

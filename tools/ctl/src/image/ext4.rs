@@ -12,8 +12,8 @@ use super::{Error, MIB};
 const BLOCK: u64 = 4096;
 /// Bytes of an inode.
 const INODE: u64 = 256;
-/// The longest line of a script. debugfs reads lines into a buffer of its libc's BUFSIZ, 1,024 bytes with some, and what
-/// does not fit is the next command: with a `!` it would be one for the host's shell.
+/// The longest line of a script. debugfs reads lines into a buffer of its libc's BUFSIZ, 1,024 bytes with some, and
+/// what does not fit is the next command: with a `!` it would be one for the host's shell.
 const MAX_LINE: usize = 1000;
 
 /// How much an image has to hold.
