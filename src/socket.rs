@@ -127,8 +127,8 @@ pub fn bind(path: &Path, existing: Existing) -> Result<(UnixListener, SocketFile
     Ok((OwnedFd::from(socket).into(), file))
 }
 
-/// Binds under a name nobody else has, in the same directory; returns it. Whoever has it may be another process, even one
-/// of the same id, in another container.
+/// Binds under a name nobody else has, in the same directory; returns it. Who has one may be a process of another
+/// container, and even of the same id.
 fn bind_beside(socket: &Socket, path: &Path) -> Result<PathBuf, SocketError> {
     let failed = |source| SocketError::System { what: "bind", path: path.to_owned(), source };
     loop {

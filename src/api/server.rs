@@ -200,8 +200,8 @@ enum Turn {
     First,
     /// Ours, to answer.
     Answer,
-    /// The client's, which was answered. It may be silent, or stop halfway, while nobody wants its place: clients are known
-    /// that connect once.
+    /// The client's, which was answered. It may be silent, or stop halfway, while nobody wants its place: clients are
+    /// known that connect once.
     Next,
 }
 

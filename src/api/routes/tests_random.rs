@@ -83,7 +83,10 @@ prop_compose! {
             }),
             serial: serial.map(|(path, rate_limiter)| SerialConfig { serial_out_path: path.map(Into::into), rate_limiter }),
             logger: module.map(|module| LoggerConfig {
-                log_path: Some("l".into()), module: Some(module), level: Some(log::LevelFilter::Warn), ..Default::default()
+                log_path: Some("l".into()),
+                module: Some(module),
+                level: Some(log::LevelFilter::Warn),
+                ..Default::default()
             }),
             metrics: Some(MetricsConfig {
                 metrics_path: "m".into(), emit_id, properties: properties.into_iter().collect(),
