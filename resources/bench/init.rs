@@ -6,7 +6,7 @@
 //! - `ready` writes 123 to the boot timer and sleeps.
 //! - `rand-read:N`, `rand-write:N`, `seq-read:N`, `seq-write:N` make N requests to /dev/vda past the page cache, of 4 KiB
 //!   at random places or of 1 MiB one after the other, print `bench NANOSECONDS` on ttyS0 and reset the machine.
-//!   `deep-read:N` is `rand-read:N` with four requests at a time.
+//!   `deep-read:N` and `deep-write:N` are `rand-read:N` and `rand-write:N` with four requests at a time.
 //! - `vsock` serves one client, see there.
 //! - `together` keeps all devices busy, see there.
 //! - `tcp-send:N`, `tcp-receive:N`, `tcp-round-trip:N` connect from 10.77.0.2 on eth0 to port 7777 of 10.77.0.1 and send or
@@ -272,7 +272,7 @@ fn receive(socket: usize, buffer: usize, mut left: usize) -> bool {
 fn block(kind: &[u8], count: usize) {
     let (number, size, random) = match kind {
         b"rand-read" | b"deep-read" => (PREAD, PAGE, true),
-        b"rand-write" => (PWRITE, PAGE, true),
+        b"rand-write" | b"deep-write" => (PWRITE, PAGE, true),
         b"seq-read" => (PREAD, MIB, false),
         b"seq-write" => (PWRITE, MIB, false),
         _ => return,
@@ -294,7 +294,8 @@ fn block(kind: &[u8], count: usize) {
         })
     };
     let start = now();
-    let done = if kind == b"deep-read" { in_processes(4, |index| requests(count / 4, index)) } else { requests(count, 1) };
+    let deep = kind.starts_with(b"deep");
+    let done = if deep { in_processes(4, |index| requests(count / 4, index)) } else { requests(count, 1) };
     let elapsed = now() - start;
     report(if done { elapsed } else { 0 });
 }

@@ -31,7 +31,7 @@ pub fn is_for(address: Ipv4Addr, header: &[u8]) -> bool {
         || field(header, ETHERTYPE_ARP, 24) == Some(address.octets())
 }
 
-/// Has a frame for one host be for the service: who reaches it through a gateway sends to the gateway's hardware address.
+/// Has a frame for one host be for the service: who reaches it through a gateway sends to the gateway.
 pub fn readdress(frame: &mut [u8]) {
     if let Some(to) = frame.first_chunk_mut::<6>()
         && to[0] & 1 == 0

@@ -43,7 +43,7 @@ impl Job<'_> {
     fn has_network(self) -> bool {
         match self {
             Job::Net(..) | Job::Together => true,
-            Job::Limited(kind, ..) => !kind.ends_with("read"),
+            Job::Limited(..) => !self.has_drive(),
             _ => false,
         }
     }
@@ -51,7 +51,7 @@ impl Job<'_> {
     fn has_drive(self) -> bool {
         match self {
             Job::Block(..) | Job::Together => true,
-            Job::Limited(kind, ..) => kind.ends_with("read"),
+            Job::Limited(kind, ..) => kind.ends_with("read") || kind.ends_with("write"),
             _ => false,
         }
     }

@@ -25,12 +25,21 @@ const FAST: Limit = Limit::Bandwidth(50 * MIB);
 const FEW: Limit = Limit::Operations(100);
 const MANY: Limit = Limit::Operations(5000);
 
+/// How a guest reads and writes: 4 KiB at random places, 1 MiB one after the other, and the former four at a time, as
+/// one at a time waits for its token, and then again for its data.
+const READ: [&str; 3] = ["rand-read", "seq-read", "deep-read"];
+const WRITE: [&str; 3] = ["rand-write", "seq-write", "deep-write"];
+
 /// The measurements.
-pub const EXPERIMENTS: [Experiment; 12] = [
-    counts(&["limit-read-1"], |b, s| drive(b, s, "limit-read-1", SLOW)),
-    counts(&["limit-read-50"], |b, s| drive(b, s, "limit-read-50", FAST)),
-    counts(&["limit-read-100"], |b, s| drive(b, s, "limit-read-100", FEW)),
-    counts(&["limit-read-5000"], |b, s| drive(b, s, "limit-read-5000", MANY)),
+pub const EXPERIMENTS: [Experiment; 16] = [
+    counts(&["limit-read-1"], |b, s| drive(b, s, "limit-read-1", READ, SLOW)),
+    counts(&["limit-read-50"], |b, s| drive(b, s, "limit-read-50", READ, FAST)),
+    counts(&["limit-read-100"], |b, s| drive(b, s, "limit-read-100", READ, FEW)),
+    counts(&["limit-read-5000"], |b, s| drive(b, s, "limit-read-5000", READ, MANY)),
+    counts(&["limit-write-1"], |b, s| drive(b, s, "limit-write-1", WRITE, SLOW)),
+    counts(&["limit-write-50"], |b, s| drive(b, s, "limit-write-50", WRITE, FAST)),
+    counts(&["limit-write-100"], |b, s| drive(b, s, "limit-write-100", WRITE, FEW)),
+    counts(&["limit-write-5000"], |b, s| drive(b, s, "limit-write-5000", WRITE, MANY)),
     counts(&["limit-send-1"], |b, s| network(b, s, "limit-send-1", "tcp-send", SLOW)),
     counts(&["limit-send-50"], |b, s| network(b, s, "limit-send-50", "tcp-send", FAST)),
     counts(&["limit-send-100"], |b, s| network(b, s, "limit-send-100", "udp-send", FEW)),
@@ -48,12 +57,12 @@ fn deviation(rate: f64, limit: Limit) -> f64 {
 
 /// As many requests as take [`TIME`]: of 1 MiB where that is little, else of 4 KiB. The guest's clock says how long they
 /// take once the bucket is spent that it begins with.
-fn drive(bench: &Bench, subject: &Subject, figure: &'static str, limit: Limit) -> Outcome {
+fn drive(bench: &Bench, subject: &Subject, figure: &'static str, kinds: [&'static str; 3], limit: Limit) -> Outcome {
+    let [random, sequential, deep] = kinds;
     let (kind, size) = match limit {
-        Limit::Bandwidth(rate) if rate > MIB => ("seq-read", MIB),
-        Limit::Bandwidth(_) => ("rand-read", 4096),
-        // One at a time waits for its token, and then again for its data.
-        Limit::Operations(_) => ("deep-read", 1),
+        Limit::Bandwidth(rate) if rate > MIB => (sequential, MIB),
+        Limit::Bandwidth(_) => (random, 4096),
+        Limit::Operations(_) => (deep, 1),
     };
     let bucket = limit.rate() / BUCKETS_A_SECOND;
     let requests = (limit.rate() * TIME.as_secs() + bucket) / size;

@@ -10,7 +10,7 @@ const ETH_SS_FEATURES: u32 = 4;
 
 /// A command of ethtool(8) about the host's interface; the answer is in the same place.
 fn ethtool(words: &mut [u32]) {
-    // SAFETY: SIOCETHTOOL takes an ifreq whose data is a structure that begins with the command, with room for the answer.
+    // SAFETY: SIOCETHTOOL takes an ifreq whose data begins with the command and has room for the answer.
     unsafe {
         let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0));
         let mut request: libc::ifreq = std::mem::zeroed();
