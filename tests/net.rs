@@ -50,7 +50,7 @@ fn iperf_guest(tap: &Tap, vcpus: u8, mut more: Value) -> MicroVm {
 
 #[test]
 fn tcp_and_udp_flow_in_both_directions_at_every_mtu() {
-    for (vcpus, mtu) in [(1, 1500), (2, 9000)] {
+    for (vcpus, mtu) in [(1, 1500), (2, 1500), (1, 9000), (2, 9000)] {
         let tap = Tap::new().mtu(mtu);
         let mut vm = iperf_guest(&tap, vcpus, json!({ "mtu": mtu }));
         assert_eq!(vm.ok("cat /sys/class/net/eth0/mtu"), mtu.to_string());
