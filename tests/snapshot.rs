@@ -356,6 +356,7 @@ fn a_diff_after_a_reset_is_refused_where_nobody_noted_what_was_taken_back() {
     load["track_dirty_pages"] = json!(true);
     vm.put("/snapshot/load", &load);
     vm.pause();
+    let (first, next) = (Snapshot::new(), Snapshot::new());
     vm.put("/snapshot/create", &first.create("Diff"));
     vm.put("/snapshot/reset", &reset);
     let missing = json!({ "snapshot_path": "/dev/full/state", "mem_file_path": next.memory, "snapshot_type": "Diff" });
