@@ -640,7 +640,7 @@ fn a_fifo_without_a_reader_is_refused_at_once_and_a_slow_reader_holds_up_nobody(
         assert!(fault.contains(field), "{fault}");
     }
     let reader = fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
-    vm.put("/logger", &json!({ "log_path": fifo }));
+    vm.put("/logger", &json!({ "log_path": fifo, "level": "Debug" }));
     // More than a pipe holds.
     for _ in 0..2000 {
         assert_eq!(vm.api().get("/version").unwrap().status, 200);

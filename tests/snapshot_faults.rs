@@ -249,8 +249,11 @@ fn a_diff_is_merged_into_the_memory_that_it_follows_and_into_no_other() {
         vm.resume();
         vm.ok("echo second >/run/note");
         let second = Snapshot::of(&vm);
-        let refusal = vm.refused_put("/snapshot/create", &first.create("Diff"));
-        assert!(refusal.contains("another snapshot than this Diff follows"), "{refusal}");
+        // Without a record a Diff has all that was written since the start, and could be merged into this as well.
+        if tracked {
+            let refusal = vm.refused_put("/snapshot/create", &first.create("Diff"));
+            assert!(refusal.contains("another snapshot than this Diff follows"), "{refusal}");
+        }
         vm.resume();
         vm.ok("echo third >/run/note");
         vm.pause();

@@ -26,6 +26,9 @@ use crate::snapshot::memory::Pristine;
 use crate::snapshot::pagemap::Pagemap;
 use crate::snapshot::working_set::Run;
 
+/// Snapshots that a Diff without a record may be merged into, besides the one that was loaded.
+const MAX_OWN: usize = 1024;
+
 /// A machine that has started. What its memory slots refer to comes last: the VM is dropped first.
 pub struct Machine {
     /// The vCPUs until they have threads, then second handles of them, made when they are first needed.
@@ -48,6 +51,8 @@ pub struct Machine {
     /// The snapshot that it came from, and the last that is complete; at first the same.
     loaded: Option<Id>,
     last: Option<Id>,
+    /// Those since the load or the last reset, of which it remembers the latest.
+    own: Vec<Id>,
     /// The memory file that a Diff was being merged into when that failed.
     half_merged: Option<Identity>,
     /// A snapshot was begun since the load.
@@ -87,6 +92,7 @@ impl Machine {
             has_base: false,
             loaded: None,
             last: None,
+            own: Vec::new(),
             half_merged: None,
             saved: false,
             rewound: false,
@@ -189,13 +195,16 @@ impl Machine {
 
     /// It came from snapshot `id`: the first Diff begins there.
     pub fn has_been_loaded(&mut self, id: Id) {
-        self.loaded = Some(id);
-        self.has_been_saved(id);
+        (self.has_base, self.loaded, self.last) = (true, Some(id), Some(id));
     }
 
     /// Snapshot `id` is complete: the next Diff begins here.
     pub fn has_been_saved(&mut self, id: Id) {
         (self.has_base, self.rewound, self.last, self.half_merged) = (true, false, Some(id), None);
+        if self.own.len() == MAX_OWN {
+            self.own.remove(0);
+        }
+        self.own.push(id);
     }
 
     /// Whether a Diff merged into `file`, which is of snapshot `id`, is all that the guest has.
@@ -205,12 +214,15 @@ impl Machine {
         }
         // Without a record it is all that the guest has changed since the load.
         let half_merged = self.half_merged.is_some() && identity(file).ok() == self.half_merged;
-        half_merged || [self.loaded, self.last].contains(&Some(id))
+        half_merged || self.loaded == Some(id) || self.own.contains(&id)
     }
 
     /// A reset has taken it back.
     pub fn has_been_reset(&mut self) {
         self.rewound = self.saved;
+        // What these have of pages that were taken back no Diff without a record would change.
+        self.own.clear();
+        self.half_merged = None;
     }
 
     /// Whether a Diff would miss what a reset took back: there is no record of it, and no page differs for it from the
