@@ -119,8 +119,9 @@ const ATTEMPTS: &[Attempt] = &[
     ("open a UDP socket", |_| call!(libc::SYS_socket, libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0), &[]),
     ("open a netlink socket", |_| call!(libc::SYS_socket, libc::AF_NETLINK, libc::SOCK_RAW, 0), &[]),
     ("signal another process", |t| call!(libc::SYS_kill, t.neighbour, 0), &[]),
-    // What abort() does. The neighbour ignores it.
+    // The neighbour ignores both, of which the second is what calls a vCPU out of the guest.
     ("abort another process", |t| call!(libc::SYS_tkill, t.neighbour, libc::SIGABRT), &[]),
+    ("kick another process", |t| call!(libc::SYS_tgkill, t.neighbour, t.neighbour, 36), &[]),
     ("trace another process", |t| call!(libc::SYS_ptrace, libc::PTRACE_SEIZE, t.neighbour, 0, 0), &[]),
     (
         "read another process's memory",

@@ -75,11 +75,6 @@ fn run(arguments: impl Iterator<Item = &'static OsStr>) -> c_int {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1)
     };
-    std::panic::set_hook(Box::new(|panic| {
-        METRICS.vmm.panic_count.inc();
-        ::log::error!("{panic}");
-        restore_terminal();
-    }));
     log::init(&options.id);
     let sandbox =
         confine(&options, proc.as_ref().map(AsFd::as_fd)).unwrap_or_else(|error| fail(FAILURE, chain(&error)));

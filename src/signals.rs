@@ -1,11 +1,12 @@
 //! Signals: the ones that ask the process to end become events, the ones that mean it cannot go on
-//! become documented exit statuses.
+//! become documented exit statuses, and so do panics.
 
 use std::ffi::c_int;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::log;
+use crate::metrics::METRICS;
 use crate::os::checked;
 use crate::sandbox::syscalls;
 
@@ -21,8 +22,19 @@ const FATAL: [(c_int, u8, &str); 8] = [
     (libc::SIGILL, 157, "SIGILL: invalid instruction\n"),
 ];
 
-/// Gives the fatal signals their handler. `at_exit` must be async-signal-safe.
+/// Exit status after a panic, as a shell reports what abort() ends.
+const PANIC: c_int = 134;
+
+/// Gives the fatal signals and panics their handlers. `at_exit` must be async-signal-safe.
 pub fn install_fatal_handlers(at_exit: fn()) {
+    std::panic::set_hook(Box::new(move |panic| {
+        METRICS.vmm.panic_count.inc();
+        ::log::error!("{panic}");
+        at_exit();
+        // Not abort(): the signal to a thread that it takes is one that no filter allows.
+        // SAFETY: it ends the process, and does nothing else.
+        unsafe { libc::_exit(PANIC) };
+    }));
     // SAFETY: written once, before there are threads or handlers.
     unsafe { AT_EXIT = Some(at_exit) };
     for (signal, _, _) in FATAL {
@@ -117,7 +129,9 @@ impl AsRawFd for Termination {
 mod tests {
     use std::fmt;
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, Stdio};
+    use std::process::{Command, Output};
+
+    use crate::sandbox::seccomp::{Filters, ThreadKind};
 
     use super::*;
 
@@ -135,17 +149,41 @@ mod tests {
     #[test]
     #[ignore = "ends its process: a_signal_in_the_middle_of_a_log_line runs it in one of its own"]
     fn a_log_line_that_dies() {
-        crate::log::init("vm");
+        log::init("vm");
         install_fatal_handlers(|| {});
         ::log::error!("{Fatal}");
+    }
+
+    #[test]
+    #[ignore = "ends its process: a_panic_under_a_filter_is_logged_and_ends_the_process runs it in one of its own"]
+    fn a_thread_that_panics() {
+        log::init("vm");
+        install_fatal_handlers(|| {});
+        let kind = ThreadKind::ALL.into_iter().find(|kind| std::env::var("THREAD").as_deref() == Ok(kind.name()));
+        Filters::BuiltIn.install(kind.unwrap()).unwrap();
+        panic!("a mistake");
+    }
+
+    fn run(test: &str, environment: &[(&str, &str)]) -> Output {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", &format!("signals::tests::{test}")]).envs(environment.iter().copied());
+        command.output().unwrap()
     }
 
     /// The line holds the log's lock: a handler that wanted to log would wait for ever.
     #[test]
     fn a_signal_in_the_middle_of_a_log_line_ends_the_process_all_the_same() {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", "signals::tests::a_log_line_that_dies"]);
-        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+        let status = run("a_log_line_that_dies", &[]).status;
         assert_eq!((status.code(), status.signal()), (Some(150), None));
+    }
+
+    #[test]
+    fn a_panic_under_a_filter_is_logged_and_ends_the_process() {
+        for kind in ThreadKind::ALL {
+            let output = run("a_thread_that_panics", &[("THREAD", kind.name())]);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!((output.status.code(), output.status.signal()), (Some(134), None), "{kind:?}: {said}");
+            assert!(said.contains("a mistake"), "{kind:?}: {said}");
+        }
     }
 }

@@ -49,7 +49,8 @@ fn allows(rule: &Value, call: &Call) -> bool {
         let wanted = condition["val"].as_u64().unwrap();
         // The mask of masked_eq, or all of the lower half.
         let mask = condition["op"]["masked_eq"].as_u64().unwrap_or(u32::MAX.into());
-        call.arguments[index] & mask == wanted
+        // What stands for the id of the process (src/sandbox/seccomp.rs) is another number each time.
+        wanted == i32::MAX as u64 || call.arguments[index] & mask == wanted
     };
     rule["syscall"] == call.name.as_str()
         && rule["args"].as_array().is_none_or(|conditions| conditions.iter().all(holds))

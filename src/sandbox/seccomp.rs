@@ -12,6 +12,12 @@ use seccompiler::{BpfMap, TargetArch, apply_filter, compile_from_json, sock_filt
 
 include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
 
+/// In a filter this stands for the id of the process, which is known only when the filter is installed. No process has it
+/// (PID_MAX_LIMIT in linux/threads.h is 2^22).
+const THIS_PROCESS: u32 = i32::MAX as u32;
+/// A comparison with a number (linux/bpf_common.h).
+const JUMP_EQUAL: u16 = 0x15;
+
 /// Largest file that is read as a filter, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -117,8 +123,11 @@ impl Filters {
     /// # Errors
     /// The kernel has no seccomp filters.
     pub fn install(&self, kind: ThreadKind) -> Result<(), Error> {
-        apply_filter(self.program(kind))
-            .map_err(|source| Error::Install { thread: kind.name(), source: Box::new(source) })
+        let mut program = self.program(kind).to_vec();
+        for statement in program.iter_mut().filter(|it| it.code == JUMP_EQUAL && it.k == THIS_PROCESS) {
+            statement.k = std::process::id();
+        }
+        apply_filter(&program).map_err(|source| Error::Install { thread: kind.name(), source: Box::new(source) })
     }
 
     fn program(&self, kind: ThreadKind) -> &[sock_filter] {
