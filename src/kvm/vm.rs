@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use io_uring::IoUring;
 use kvm_bindings::{
@@ -168,13 +169,19 @@ impl Vm {
         self.fd.get_dirty_log(index, size as usize).map_err(ioctl("KVM_GET_DIRTY_LOG"))
     }
 
-    /// Reads the guest's clock while no vCPU runs.
+    /// Reads the guest's clock while no vCPU runs, and the time of day.
     pub fn clock(&self) -> Result<kvm_clock_data, Error> {
-        self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))
+        let mut clock = self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?;
+        if clock.flags & KVM_CLOCK_REALTIME == 0 {
+            // KVM says both at once only where the host's own clock is the TSC.
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            clock.realtime = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+            clock.flags |= KVM_CLOCK_REALTIME;
+        }
+        Ok(clock)
     }
 
-    /// Has the guest's clock go on from where it stood; with `realtime` it jumps ahead by the time that went by outside,
-    /// if the host that saved it knew the time of day.
+    /// Has the guest's clock go on from where it stood; with `realtime` it jumps ahead by the time that went by outside.
     pub fn set_clock(&self, mut clock: kvm_clock_data, realtime: bool) -> Result<(), Error> {
         clock.flags &= if realtime { KVM_CLOCK_REALTIME } else { 0 };
         self.fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
