@@ -229,7 +229,7 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         self.wish(Wish::Stop);
         if let Some(thread) = self.thread.take() {
-            // The thread ends by returning: a panic aborts the process.
+            // The thread ends by returning: a panic ends the process.
             let _ = thread.join();
         }
     }

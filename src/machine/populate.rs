@@ -82,7 +82,7 @@ impl Drop for Populating {
         self.stop();
         self.begin();
         if let Some(thread) = self.thread.take() {
-            // The thread ends by returning: a panic aborts the process.
+            // The thread ends by returning: a panic ends the process.
             let _ = thread.join();
         }
     }
