@@ -110,10 +110,25 @@ pub fn has_file() -> bool {
     DESTINATION.load(Ordering::Relaxed) != libc::STDERR_FILENO
 }
 
-/// Writes a line without locks, for a signal handler: no time, no name.
+/// Writes a line without locks, for a signal handler: no time, no name. As the log does it waits for nobody.
 pub fn write_in_handler(line: &[u8]) {
+    let destination = DESTINATION.load(Ordering::Relaxed);
+    if destination == libc::STDERR_FILENO && !stderr_takes_more() {
+        return;
+    }
     // SAFETY: `write` is async-signal-safe, and the line is valid for reading. Nobody is left to be told of an error.
-    unsafe { libc::write(DESTINATION.load(Ordering::Relaxed), line.as_ptr().cast(), line.len()) };
+    unsafe { libc::write(destination, line.as_ptr().cast(), line.len()) };
+}
+
+/// Logs what the process ends with. Where the lock is taken, maybe by this thread, which panicked in the middle of a line,
+/// it is a line without time and name.
+pub fn last_words(words: fmt::Arguments<'_>) {
+    if LOGGER.0.try_lock().is_ok() {
+        return log::error!("{words}");
+    }
+    let mut line = Line::default();
+    line.finish(words);
+    write_in_handler(line.bytes());
 }
 
 /// Opens a file or FIFO for appending without ever blocking; a file is made if there is none.
@@ -152,15 +167,20 @@ impl Log for Logger {
 /// Writes to standard error unless that would block. Its file description is shared with other
 /// processes, so it must not be made non-blocking.
 fn write_stderr(line: &[u8]) -> io::Result<usize> {
-    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: `poll` is one valid pollfd for the duration of the call.
-    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
-    if ready != 1 || poll.revents & libc::POLLOUT == 0 {
+    if !stderr_takes_more() {
         return Err(io::ErrorKind::WouldBlock.into());
     }
     // SAFETY: the descriptor is only borrowed: `ManuallyDrop` keeps it from being closed.
     let stderr = ManuallyDrop::new(unsafe { File::from_raw_fd(io::stderr().as_raw_fd()) });
     io::Write::write(&mut &*stderr, line)
+}
+
+/// Whether a write to standard error would not block. Async-signal-safe.
+fn stderr_takes_more() -> bool {
+    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: `poll` is one valid pollfd for the duration of the call.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    ready == 1 && poll.revents & libc::POLLOUT != 0
 }
 
 fn this_thread() -> usize {
@@ -196,7 +216,13 @@ impl Line {
         if settings.show_origin {
             let _ = write!(self, ":{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0));
         }
-        let _ = write!(self, "] {}", record.args());
+        let _ = self.write_str("] ");
+        self.finish(*record.args());
+    }
+
+    /// Adds the last of it, and its end.
+    fn finish(&mut self, words: fmt::Arguments<'_>) {
+        let _ = self.write_fmt(words);
         self.buffer[self.length] = b'\n';
         self.length += 1;
     }

@@ -22,18 +22,15 @@ const FATAL: [(c_int, u8, &str); 8] = [
     (libc::SIGILL, 157, "SIGILL: invalid instruction\n"),
 ];
 
-/// Exit status after a panic, as a shell reports what abort() ends.
-const PANIC: c_int = 134;
+/// Exit status after a panic and where memory cannot be had, as a shell reports what abort(3) ends.
+const ABORTED: c_int = 134;
 
 /// Gives the fatal signals and panics their handlers. `at_exit` must be async-signal-safe.
 pub fn install_fatal_handlers(at_exit: fn()) {
-    std::panic::set_hook(Box::new(move |panic| {
+    std::panic::set_hook(Box::new(|panic| {
         METRICS.vmm.panic_count.inc();
-        ::log::error!("{panic}");
-        at_exit();
-        // Not abort(): the signal to a thread that it takes is one that no filter allows.
-        // SAFETY: it ends the process, and does nothing else.
-        unsafe { libc::_exit(PANIC) };
+        log::last_words(format_args!("{panic}"));
+        leave(ABORTED);
     }));
     // SAFETY: written once, before there are threads or handlers.
     unsafe { AT_EXIT = Some(at_exit) };
@@ -55,6 +52,28 @@ pub fn install_fatal_handlers(at_exit: fn()) {
 
 static mut AT_EXIT: Option<fn()> = None;
 
+/// Ends the process. Async-signal-safe.
+fn leave(status: c_int) -> ! {
+    // SAFETY: `_exit` is async-signal-safe, and so is `AT_EXIT` by contract, which nothing writes any more.
+    unsafe {
+        if let Some(at_exit) = AT_EXIT {
+            at_exit();
+        }
+        libc::_exit(status);
+    }
+}
+
+/// abort(3), in the place of libc's, which sends this thread a signal: that no filter allows. The standard library, which
+/// calls it where memory cannot be had and where a panic ends in another, has said so on standard error.
+#[cfg(target_env = "musl")]
+#[unsafe(no_mangle)]
+extern "C" fn abort() -> ! {
+    if log::has_file() {
+        log::write_in_handler(b"aborted: standard error has the reason\n");
+    }
+    leave(ABORTED);
+}
+
 extern "C" fn end(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid `siginfo_t`; its pid is set for SIGPIPE.
     if signal == libc::SIGPIPE && unsafe { (*info).si_pid() == libc::getpid() } {
@@ -68,13 +87,7 @@ extern "C" fn end(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc:
     } else {
         log::write_in_handler(text.as_bytes());
     }
-    // SAFETY: `_exit` is async-signal-safe, and so is `AT_EXIT` by contract.
-    unsafe {
-        if let Some(at_exit) = AT_EXIT {
-            at_exit();
-        }
-        libc::_exit(c_int::from(*status));
-    }
+    leave((*status).into());
 }
 
 /// Says which system call a filter refused, and its second argument, which is what tells one ioctl from another: one
@@ -127,63 +140,67 @@ impl AsRawFd for Termination {
 
 #[cfg(test)]
 mod tests {
+    use std::alloc::{Layout, handle_alloc_error};
     use std::fmt;
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, Output};
+    use std::process::Command;
 
     use crate::sandbox::seccomp::{Filters, ThreadKind};
 
     use super::*;
 
     /// A text that dies while it is written.
-    struct Fatal;
+    struct Fatal(fn());
 
     impl fmt::Display for Fatal {
         fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
-            // SAFETY: it sends a signal to this thread.
-            unsafe { libc::raise(libc::SIGSEGV) };
+            (self.0)();
             Ok(())
         }
     }
 
+    /// A name, how a thread dies, a part of what is said of that, and the exit status.
+    type Death = (&'static str, fn(), &'static str, i32);
+
+    const DEATHS: [Death; 5] = [
+        ("panic", || panic!("a mistake"), "a mistake", 134),
+        ("memory", || handle_alloc_error(Layout::new::<[u8; 12345]>()), "12345 bytes", 134),
+        ("access", invalid_access, "SIGSEGV", 150),
+        // These hold the log's lock: who wanted to take it would wait for ever.
+        ("panic in a line", || ::log::error!("{}", Fatal(|| panic!("a mistake"))), "a mistake", 134),
+        ("access in a line", || ::log::error!("{}", Fatal(invalid_access)), "SIGSEGV", 150),
+    ];
+
+    fn invalid_access() {
+        // SAFETY: none: the page at 0 is never mapped, and the process ends.
+        unsafe { std::ptr::without_provenance::<u8>(8).read_volatile() };
+    }
+
     #[test]
-    #[ignore = "ends its process: a_signal_in_the_middle_of_a_log_line runs it in one of its own"]
-    fn a_log_line_that_dies() {
+    #[ignore = "ends its process: a_thread_that_dies_says_so_and_ends_the_process runs it in one of its own"]
+    fn a_thread_that_dies() {
         log::init("vm");
         install_fatal_handlers(|| {});
-        ::log::error!("{Fatal}");
+        let asked = |variable: &str, name: &str| std::env::var(variable).as_deref() == Ok(name);
+        let kind = ThreadKind::ALL.into_iter().find(|kind| asked("THREAD", kind.name())).unwrap();
+        let (_, die, ..) = DEATHS.into_iter().find(|(death, ..)| asked("DEATH", death)).unwrap();
+        Filters::BuiltIn.install(kind).unwrap();
+        die();
     }
 
     #[test]
-    #[ignore = "ends its process: a_panic_under_a_filter_is_logged_and_ends_the_process runs it in one of its own"]
-    fn a_thread_that_panics() {
-        log::init("vm");
-        install_fatal_handlers(|| {});
-        let kind = ThreadKind::ALL.into_iter().find(|kind| std::env::var("THREAD").as_deref() == Ok(kind.name()));
-        Filters::BuiltIn.install(kind.unwrap()).unwrap();
-        panic!("a mistake");
-    }
-
-    fn run(test: &str, environment: &[(&str, &str)]) -> Output {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", &format!("signals::tests::{test}")]).envs(environment.iter().copied());
-        command.output().unwrap()
-    }
-
-    /// The line holds the log's lock: a handler that wanted to log would wait for ever.
-    #[test]
-    fn a_signal_in_the_middle_of_a_log_line_ends_the_process_all_the_same() {
-        let status = run("a_log_line_that_dies", &[]).status;
-        assert_eq!((status.code(), status.signal()), (Some(150), None));
-    }
-
-    #[test]
-    fn a_panic_under_a_filter_is_logged_and_ends_the_process() {
-        for kind in ThreadKind::ALL {
-            let output = run("a_thread_that_panics", &[("THREAD", kind.name())]);
+    fn a_thread_that_dies_says_so_and_ends_the_process_under_every_filter() {
+        for (kind, (death, _, words, code)) in
+            ThreadKind::ALL.into_iter().flat_map(|kind| DEATHS.map(|death| (kind, death)))
+        {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--ignored", "--exact", "signals::tests::a_thread_that_dies"]);
+            // For the trace of a failed allocation the standard library asks for the working directory.
+            command.envs([("THREAD", kind.name()), ("DEATH", death)]).env_remove("RUST_BACKTRACE");
+            let output = command.output().unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
-            assert_eq!((output.status.code(), output.status.signal()), (Some(134), None), "{kind:?}: {said}");
-            assert!(said.contains("a mistake"), "{kind:?}: {said}");
+            assert_eq!((output.status.code(), output.status.signal()), (Some(code), None), "{kind:?}, {death}: {said}");
+            assert!(said.contains(words), "{kind:?}, {death}: {said}");
         }
     }
 }
