@@ -500,6 +500,7 @@ fn cgroups_and_network_namespaces_are_joined_through_whatever_leads_there() {
     let socket = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&listener));
     let mut command = jail.command();
     command.args(["--parent-cgroup", "vesicle-story", "--cgroup", "pids.max=50", "--netns"]).arg(&link);
+    command.args(["--resource-limit", "fsize=1048576"]);
     // Should this fail, nobody waits for the end of what it says.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.args(["--", "--api-sock", &socket]).spawn().unwrap();
@@ -509,6 +510,9 @@ fn cgroups_and_network_namespaces_are_joined_through_whatever_leads_there() {
     let members = fs::read_to_string(group.join("story/cgroup.procs")).unwrap();
     assert!(members.lines().any(|member| member == child.id().to_string()), "{members}");
     assert_eq!(fs::read_to_string(group.join("story/pids.max")).unwrap().trim(), "50");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let fsize = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+    assert_eq!(fsize.split_whitespace().collect::<Vec<_>>(), ["1048576", "1048576", "bytes"]);
     let own = fs::read_link("/proc/self/ns/net").unwrap();
     assert_ne!(fs::read_link(format!("/proc/{}/ns/net", child.id())).unwrap(), own);
     assert_eq!(fs::read_to_string(jail.root().join("vesicle.pid")).unwrap(), child.id().to_string());

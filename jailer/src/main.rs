@@ -133,7 +133,7 @@ fn become_vmm(
         if let Some(null) = null {
             process::silence(null)?;
         }
-        process::isolate_core();
+        process::isolate_core()?;
         process::drop_privileges(arguments)?;
         process::confine(program, own.as_ref(), arguments.mount_ns)
     };

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use landlock::{Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
 use rustix::process::{
     Pid, Resource, Rlimit, Signal, WaitOptions, chroot, fchdir, getpid, getsid, kill_process, pivot_root, setpgid,
@@ -270,10 +271,16 @@ pub fn silence(null: &OwnedFd) -> Result<(), Error> {
         .failed(|| "close the standard streams")
 }
 
-/// Asks that no other tenant runs on the other thread of a core meanwhile. Where a core has one thread, or the kernel
-/// has no core scheduling, there is nothing to ask for.
-pub fn isolate_core() {
-    let _ = rustix::thread::create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup);
+/// Asks that no other tenant runs on the other thread of a core meanwhile.
+///
+/// # Errors
+/// The kernel has no memory for it. Where a core has one thread, or the kernel no core scheduling, there is nothing to ask
+/// for, and that is none.
+pub fn isolate_core() -> Result<(), Error> {
+    match rustix::thread::create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup) {
+        Ok(()) | Err(Errno::NODEV | Errno::INVAL) => Ok(()),
+        error => error.failed(|| "have the core to itself (core scheduling)"),
+    }
 }
 
 /// Becomes the VMM's user and group, without any capability, for good.
