@@ -143,8 +143,25 @@ fn a_process_that_cannot_be_confined_runs_no_guest_whoever_asks() {
     assert!(!matches!(&resumed, Ok(reply) if reply.status == 204), "{resumed:?}");
     assert_eq!(vm.wait_exit().code(), Some(1));
     let log = vm.log();
-    assert!(log.contains("cannot be confined"), "{log}");
+    assert!(log.contains("cannot run confined"), "{log}");
     assert_eq!(log.matches("Out of memory").count(), 1, "{log}");
+}
+
+/// InstanceStart is answered before they begin: a launcher knows it from the end of the process.
+#[test]
+fn a_host_without_room_for_a_thread_ends_the_microvm_and_says_so() {
+    let group = Path::new("/sys/fs/cgroup/vesicle-threads");
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+pids").unwrap();
+    fs::create_dir_all(group).unwrap();
+    let mut vm = Guest::tuned().mode(Mode::Plain).vcpus(4).configure();
+    fs::write(group.join("cgroup.procs"), vm.pid().to_string()).unwrap();
+    // Those of the API and the machine, and two vCPUs.
+    fs::write(group.join("pids.max"), "4").unwrap();
+    vm.start();
+    assert_eq!(vm.wait_exit().code(), Some(1));
+    assert!(vm.log().contains("cannot start the thread of vCPU 2: Resource temporarily unavailable"), "{}", vm.log());
+    assert_eq!(vm.output(), "", "the guest ran");
+    fs::remove_dir(group).unwrap();
 }
 
 #[test]

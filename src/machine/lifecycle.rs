@@ -294,7 +294,7 @@ impl Vmm {
             && let Err(error) = self.confine(&grants)
         {
             // A guest that nothing confines must not run.
-            self.doom = Some(Ending::failure(format!("the process cannot be confined: {}", chain(&error))));
+            self.doom = Some(Ending::failure(format!("the guest cannot run confined: {}", chain(&error))));
         } else if let Some(event) = run {
             self.resume(event);
         }
