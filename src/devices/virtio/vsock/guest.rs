@@ -13,6 +13,8 @@ const TX_BUDGET: usize = 64;
 const RX_BUDGET: usize = 256;
 /// Buffers filled for one connection before the next has its turn.
 const TURN: usize = 32;
+/// How often in a row a guest has to begin its answers to data with credit until that is expected of it.
+const CREDITS_FIRST: u8 = 4;
 
 /// What the driver handed over, and what is kept to use it without allocating.
 pub struct Queues {
@@ -28,6 +30,12 @@ pub struct Queues {
     payload: IoVecs,
     /// The driver was told of what was used, since this was set to false.
     pub announced: bool,
+    /// Data went to the guest, and no packet has come from it since.
+    unanswered: bool,
+    /// How often in a row the first packet after data was one of credit.
+    credits_first: u8,
+    /// The guest was asked not to notify of its next packet, and what it sent was not looked for since.
+    pub holds_back: bool,
 }
 
 #[derive(Default)]
@@ -72,6 +80,9 @@ impl Queues {
             chains: Vec::new(),
             payload: IoVecs::default(),
             announced: false,
+            unanswered: false,
+            credits_first: 0,
+            holds_back: false,
         })
     }
 
@@ -110,6 +121,7 @@ impl Queues {
 
     /// Handles packets from the guest until there is none, the batch is full, or too much is owed to it.
     pub fn take_packets(&mut self, muxer: &mut Muxer, guest_cid: u64) -> Result<Progress, Violation> {
+        self.holds_back = false;
         for _ in 0..TX_BUDGET {
             if !muxer.takes_packets() {
                 return Ok(Progress::Idle);
@@ -124,6 +136,10 @@ impl Queues {
                     return Err(Violation::Packet(head));
                 }
                 payload.truncate(packet.length.into());
+                if std::mem::take(&mut self.unanswered) {
+                    let credit = packet.op == Some(Op::CreditUpdate);
+                    self.credits_first = if credit { (self.credits_first + 1).min(CREDITS_FIRST) } else { 0 };
+                }
                 // SAFETY: as above.
                 unsafe { muxer.on_packet(&packet, payload) };
             }
@@ -157,6 +173,23 @@ impl Queues {
             muxer.had_turn(slot);
         }
         Ok(Progress::More)
+    }
+
+    /// A guest that has read all there is gives credit at once (Linux since 6.7), and then it answers. If that is what
+    /// it did lately it is asked not to notify of the first packet: one exit from the guest and one wake of this thread
+    /// do for both. Whoever calls this looks for what is held back so before long, for it may stay alone.
+    pub fn await_answer(&mut self, muxer: &mut Muxer) -> Result<Progress, Violation> {
+        let expected = self.unanswered && self.credits_first == CREDITS_FIRST;
+        if !expected || self.holds_back || !muxer.is_lone_and_drained() {
+            return Ok(Progress::Idle);
+        }
+        self.holds_back = true;
+        Ok(if self.tx.await_second()? { Progress::More } else { Progress::Idle })
+    }
+
+    /// The guest had time to answer.
+    pub fn expect_no_answer(&mut self) {
+        self.unanswered = false;
     }
 
     /// Interrupts the driver, at most once, for what was used. That packets were taken from it is no news that it
@@ -235,6 +268,7 @@ impl Queues {
         };
         link.readable = !drained || link.ending;
         link.connection.on_sent(count as u32);
+        self.unanswered = true;
         METRICS.vsock.rx_bytes_count.add(count as u64);
         let (ports, credit) = (link.connection.ports(), link.connection.announce());
         let (mut left, mut filled) = (count as u64, 0);

@@ -13,6 +13,8 @@
 //! at once is kept here, within the credit that the guest was given. Connections do not live on in a snapshot: a guest that
 //! comes out of one is told on the event queue that they are gone, and nothing reaches it before it has read that.
 //!
+//! A guest that gives credit for what it has read before it answers is asked to notify of both at once.
+//!
 //! System calls after the start: `epoll_wait`, `epoll_ctl`, `accept4`, `recvfrom`, `recvmsg`, `sendmsg`, `socket`,
 //! `connect`, `shutdown`, `close`, `timerfd_settime`, and `clock_gettime` where the vDSO has none.
 
@@ -45,7 +47,7 @@ const DESCRIPTORS: libc::rlim_t = 2048;
 
 /// Source tag: something happened on the host's side.
 const HOST: u8 = 1;
-/// Source tag: the driver is to be told what was put off.
+/// Source tag: the driver is to be told what was put off, and may have put something off itself.
 const LATER: u8 = 2;
 /// How long that may be, or twice as long.
 const LATEST: Duration = Duration::from_millis(2);
@@ -54,7 +56,8 @@ const LATEST: Duration = Duration::from_millis(2);
 pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
-    /// When the driver is told that packets were taken, if there was no occasion before.
+    /// When the driver is told that packets were taken, and looked for what it was asked not to notify of, if there was
+    /// no occasion before.
     timer: TimerFd,
     timer_runs: bool,
     /// The host's side has to be looked at without an event.
@@ -98,7 +101,12 @@ impl Vsock {
         let mut progress = Progress::Idle;
         if tag == KICK {
             METRICS.vsock.queue_event_count.inc();
+        }
+        if tag == KICK || queues.holds_back {
             progress = queues.take_packets(muxer, guest)?;
+        }
+        if tag == LATER {
+            queues.expect_no_answer();
         }
         if !queues.knows_of_reset()? {
             queues.announce(false);
@@ -113,13 +121,17 @@ impl Vsock {
         if held_back && muxer.takes_packets() {
             progress = Progress::More;
         }
+        progress = progress.max(queues.await_answer(muxer)?);
         // What waits now may have begun to wait after the timer was started.
         let overdue = tag == LATER && !queues.announced;
-        if queues.announce(!overdue) && !self.timer_runs {
+        let waits = queues.announce(!overdue) || queues.holds_back;
+        if waits && !self.timer_runs {
             queues.announced = false;
             self.timer_runs = self.timer.reset(LATEST, None).is_ok();
             if !self.timer_runs {
                 queues.announce(false);
+                queues.expect_no_answer();
+                progress = Progress::More;
             }
         }
         Ok(progress)

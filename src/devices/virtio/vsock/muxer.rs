@@ -409,6 +409,15 @@ impl Muxer {
         self.settle(slot);
     }
 
+    /// Whether there is one connection, whose host peer has sent nothing that the guest does not have.
+    pub fn is_lone_and_drained(&mut self) -> bool {
+        if self.by_ports.len() != 1 {
+            return false;
+        }
+        let slot = self.by_ports.values().next().copied();
+        slot.and_then(|slot| self.link(slot)).is_some_and(|link| !link.readable)
+    }
+
     /// The connection in `slot`.
     pub fn link(&mut self, slot: u16) -> Option<&mut Link> {
         match self.occupant(slot) {

@@ -1,6 +1,6 @@
 //! Stories of guests, good and bad, and host processes.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -308,6 +308,126 @@ fn that_packets_were_taken_is_told_soon_or_when_they_are_many() {
     }
     rig.guest.kick();
     assert_eq!(rig.interrupts(), 1, "a quarter of the queue");
+}
+
+/// A guest that answers, after it has given credit for what it read.
+struct Polite {
+    rig: Rig,
+    host: UnixStream,
+    port: u32,
+    /// Packets it has sent, and questions it was asked.
+    sent: u16,
+    asked: u32,
+}
+
+impl Polite {
+    fn new() -> Self {
+        let rig = Rig::ready();
+        let (host, port) = rig.open_from_host();
+        Self { rig, host, port, sent: 1, asked: 0 }
+    }
+
+    /// The host asks. Whether the guest is to notify of its next packet.
+    fn ask(&mut self) -> bool {
+        self.host.write_all(b"ask").unwrap();
+        self.asked += 1;
+        self.rig.run();
+        let event = self.rig.guest.select(TX).available_event();
+        assert!(event == self.sent || event == self.sent + 1, "{event}");
+        event == self.sent
+    }
+
+    /// The guest gives credit, and notifies of that if it is to, and answers.
+    fn answer(&mut self, notify: bool) {
+        self.rig.guest.put(CREDIT, &Fields::new(self.port, 52, CREDIT_UPDATE).bytes());
+        self.rig.offer(&[readable(CREDIT, 44)]);
+        if notify {
+            self.rig.guest.kick();
+        }
+        self.rig.send_data(self.port, 52, b"answer");
+        self.sent += 2;
+        self.expect_answer();
+    }
+
+    fn expect_answer(&mut self) {
+        let mut answer = [0; 6];
+        self.host.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"answer");
+        self.rig.seen();
+    }
+
+    /// Asks and answers until the guest is not to notify of its next packet. On a busy host it is soon to notify again.
+    fn until_held_back(&mut self) {
+        for _ in 0..1000 {
+            let notify = self.ask();
+            if !notify {
+                return;
+            }
+            self.answer(notify);
+        }
+        panic!("it always has to notify of its next packet");
+    }
+}
+
+/// Where it has its packet of credit.
+const CREDIT: u64 = PACKET + 0x800;
+
+#[test]
+fn a_guest_that_gives_credit_before_it_answers_is_to_notify_of_both_at_once() {
+    let mut guest = Polite::new();
+    for _ in 0..4 {
+        let notify = guest.ask();
+        assert!(notify, "nothing is known of it yet");
+        guest.answer(notify);
+    }
+    for _ in 0..5 {
+        guest.until_held_back();
+        guest.answer(false);
+    }
+}
+
+#[test]
+fn a_packet_that_was_not_to_be_notified_of_is_found_soon_and_the_next_one_is_notified_of() {
+    let mut guest = Polite::new();
+    guest.until_held_back();
+    let chain = guest.rig.place(&Fields { length: 6, ..Fields::new(guest.port, 52, DATA) }, b"answer");
+    guest.rig.offer(&chain);
+    guest.sent += 1;
+    assert_eq!(guest.rig.guest.turn(Duration::from_secs(10)), 1);
+    guest.expect_answer();
+    assert!(guest.ask(), "it answered without giving credit");
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_not_looked_at_again_and_again() {
+    let mut guest = Polite::new();
+    guest.until_held_back();
+    let looks = (0..10).take_while(|_| guest.rig.guest.turn(Duration::from_millis(50)) > 0).count();
+    assert!((1..=2).contains(&looks), "{looks}");
+    assert_eq!(guest.rig.guest.select(TX).available_event(), guest.sent);
+}
+
+#[test]
+fn a_guest_whose_credit_somebody_may_wait_for_is_to_notify_of_it() {
+    let mut guest = Polite::new();
+    guest.until_held_back();
+    guest.answer(false);
+    // It can take the first byte of what comes next.
+    let exhausted = Fields { buf_alloc: 3 * guest.asked + 1, ..Fields::new(guest.port, 52, CREDIT_UPDATE) };
+    guest.rig.send_fields(&exhausted, b"");
+    guest.sent += 1;
+    assert!(guest.ask());
+    guest.answer(true);
+    guest.until_held_back();
+    guest.answer(false);
+    // There is another connection.
+    let (_other, port) = guest.rig.open_from_host();
+    assert_ne!(port, guest.port);
+    guest.sent += 1;
+    for _ in 0..20 {
+        assert!(guest.ask());
+        guest.answer(true);
+    }
 }
 
 #[test]
