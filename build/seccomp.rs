@@ -194,14 +194,20 @@ pub fn compile(filter: &Value, other: &str) -> Result<Vec<Statement>, Box<dyn Er
     let wrong = program.label();
     program.push(JUMP_EQUAL, X86_64, Target::Next, Target::Label(wrong));
     program.push(LOAD, NUMBER, Target::Next, Target::Next);
-    for run in runs.clone() {
-        let (others, first, last) = (program.label(), run[0], run[run.len() - 1]);
-        program.push(JUMP_GREATER, last, Target::Label(others), Target::Next);
-        program.push(JUMP_GREATER_OR_EQUAL, first, Target::Allow, Target::Next);
-        program.place(others);
-    }
-    let mut examined = Vec::new();
-    for call in calls.iter().filter(|(number, _)| !runs.clone().any(|run| run.contains(number))) {
+    let (mut examined, mut compared) = (Vec::new(), Vec::new());
+    // In the order of the file, where what is called most comes first.
+    for call in &calls {
+        if compared.contains(&call.0) {
+            continue;
+        }
+        if let Some(run) = runs.clone().find(|run| run.contains(&call.0)) {
+            let (others, first, last) = (program.label(), run[0], run[run.len() - 1]);
+            program.push(JUMP_GREATER, last, Target::Label(others), Target::Next);
+            program.push(JUMP_GREATER_OR_EQUAL, first, Target::Allow, Target::Next);
+            program.place(others);
+            compared.extend(run);
+            continue;
+        }
         let target = if is_free(&call) {
             Target::Allow
         } else {
