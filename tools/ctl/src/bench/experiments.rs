@@ -20,12 +20,13 @@ pub type Values = Vec<(&'static str, f64)>;
 /// What a measurement brings.
 pub type Outcome = Result<Values, Box<dyn Error>>;
 
-/// Requests of the random and the sequential block figures: few, since everything is emulated.
-const RANDOM: u32 = 200;
+/// Requests of the random and the sequential block figures: of those that are short so many that what happens once, such
+/// as the first use of the second half of a ring, weighs little.
+const RANDOM: u32 = 2000;
 const SEQUENTIAL: u32 = 64;
 /// MiB over TCP, and round trips.
 const STREAM: u32 = 64;
-const ROUND_TRIPS: u32 = 200;
+const ROUND_TRIPS: u32 = 2000;
 
 /// A measurement.
 #[derive(Debug)]

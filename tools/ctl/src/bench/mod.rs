@@ -25,6 +25,7 @@ mod vsock;
 
 use std::error::Error;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use lexopt::{Arg, Parser, ValueExt};
 
@@ -53,6 +54,9 @@ Usage: vesiclectl bench --part PART --vmm NAME=PATH[:MAPPING]... --kernel FILE -
   --show               print the table, with what is in FILE already
   --check NAME         fail if a median of NAME's missed its goal; may be repeated
 ";
+
+/// Between two ticks of the host's clock (Debian's kernels have 250 in a second).
+const TICK: Duration = Duration::from_millis(4);
 
 /// What to measure.
 pub struct Arguments {
@@ -154,11 +158,12 @@ impl Arguments {
         // The first round warms up.
         let rounds = if experiment.repeats { 1 + self.runs } else { 1 };
         let mut samples = vec![Ok(Vec::new()); bench.subjects().len()];
-        for _ in 0..rounds {
+        for round in 0..rounds {
             for (subject, samples) in bench.subjects().iter().zip(&mut samples) {
                 if let Ok(list) = samples
                     && (experiment.for_qemu || !subject.is_qemu())
                 {
+                    begin_at(TICK * round as u32 / rounds as u32);
                     match (experiment.run)(bench, subject) {
                         Ok(values) => list.push(values),
                         Err(error) => *samples = Err(error.to_string()),
@@ -178,6 +183,14 @@ impl Arguments {
         }
         status
     }
+}
+
+/// Waits until the clock is so far past a multiple of [`TICK`]. With virtual time all runs are alike: without this, the
+/// same instruction would be interrupted in all of them.
+fn begin_at(phase: Duration) {
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64;
+    let tick = TICK.as_nanos() as u64;
+    std::thread::sleep(Duration::from_nanos((phase.as_nanos() as u64 + tick - now % tick) % tick));
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ pub const LISTEN_PORT: u32 = 5000;
 /// Where the guest says that it does, on the host.
 pub const READY_PORT: u32 = 1234;
 /// Round trips of one byte, and of a message.
-const BYTES: u32 = 200;
+const BYTES: u32 = 2000;
 const MESSAGES: u32 = 64;
 const MESSAGE: usize = 32 << 10;
 /// Before what is measured.
