@@ -309,10 +309,13 @@ impl Vmm {
         let (Some(machine), Host { sandbox, proc, .. }) = (&mut self.machine, std::mem::take(&mut self.host)) else {
             return Ok(());
         };
-        // Whoever waits for the answer goes first, also where there is one processor.
+        // Whoever waits for the answer goes first, also where there is one processor. The scheduler may think that this
+        // thread has still to catch up, so it is asked again later.
         std::thread::yield_now();
         machine.provide(proc.as_ref().map(AsFd::as_fd));
+        std::thread::yield_now();
         sandbox.confine_paths(grants)?;
+        std::thread::yield_now();
         machine.start_populating(&sandbox);
         machine.start_vcpus(&sandbox, false)?;
         sandbox.filter(ThreadKind::Vmm)?;
